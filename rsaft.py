@@ -60,10 +60,12 @@ class Config:
     reward: str = option("pickscore", "what is maximised: a name, or FILE.py:FUNCTION")
     eval_reward: tuple = option((), "held-out scores, never trained on", nargs="*", type=str, metavar="REWARD")
     prompts: str = option(str(HERE / "prompts.txt"), "a text file, one prompt a line")
-    noise: float = option(0.0, "perturb the pictures, within radius RHO; 0.01 if no number is given", nargs="?", const=1e-2, metavar="RHO")
+    noise: float = option(0.0, "perturb the pictures, within radius RHO; 0.01 if no number is given",
+                          nargs="?", const=1e-2, metavar="RHO")
     noise_type: str = option("worst", "the worst direction, or the mean over random ones", choices=("worst", "gaussian"))
     noise_draws: int = option(4, "number of random directions for --noise-type gaussian")
-    sam: float = option(0.0, "perturb the weights, within radius RHO; 0.01 if no number is given", nargs="?", const=1e-2, metavar="RHO")
+    sam: float = option(0.0, "perturb the weights, within radius RHO; 0.01 if no number is given",
+                        nargs="?", const=1e-2, metavar="RHO")
     train_steps: int = option(200, "number of updates")
     sampling_steps: int = option(50, "DDIM steps of a rollout, T")
     grad_steps: int = option(1, "the last K of them carry the gradient")
@@ -114,7 +116,8 @@ def ddim_steps(scheduler, sampling_steps):
     """The DDIM update (arXiv 2010.02502, eta = 0) of each step as numbers, from a diffusers DDIMScheduler.
 
     Returns a list of Step, the noisiest first. Raises ValueError for schedulers whose step isn't linear or isn't
-    defined: clip_sample, thresholding, prediction_type "sample", or epsilon prediction where alpha is 0.
+    defined: clip_sample, thresholding, prediction_type "sample", epsilon prediction where alpha is 0, and a number
+    of steps that diffusers' spacing can't make.
     """
     config = scheduler.config
     if config.clip_sample or config.thresholding:
@@ -122,6 +125,9 @@ def ddim_steps(scheduler, sampling_steps):
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported, only epsilon and v_prediction")
     scheduler.set_timesteps(sampling_steps)
+    if len(scheduler.timesteps) != sampling_steps or max(scheduler.timesteps) >= config.num_train_timesteps:
+        # "trailing" spacing rounds some numbers of steps up by one; "leading" runs over the end at 1000
+        raise ValueError(f"the scheduler's spacing can't make {sampling_steps} steps; take another number")
     steps = []
     for t in scheduler.timesteps.tolist():
         # Trap: alpha' is read T-th parts of the schedule further on, not at the next entry of `timesteps`;
@@ -810,7 +816,7 @@ def train(config):
             optimizer.step()
             record["seconds"] = time.perf_counter() - start
             write({"step": step, **record, "peak_gb": peak_gb(device)})
-            progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}")
+            progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
             if config.eval_every and (step % config.eval_every == 0 or step == config.train_steps):
                 after = evaluate_now(step)
     except KeyboardInterrupt:

@@ -19,7 +19,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 transformers.logging.set_verbosity_error()        # before diffusers, which would have it warn about torchvision
 transformers.logging.disable_progress_bar()
+import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+diffusers.logging.disable_progress_bar()
 
 from world import CAPTIONS, SIZE, oracle, sample
 
@@ -140,6 +143,7 @@ def build_unet(folder, vae_folder):
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(3)
     words, vae = tokenizer(), AutoencoderKL.from_pretrained(vae_folder).eval()
+    vae.register_to_config(_name_or_path="vae")                        # else this machine's path would be saved
     text = CLIPTextModel(CLIPTextConfig(**text_config(words), projection_dim=64))
     unet = UNet2DConditionModel(sample_size=SIZE // 4, block_out_channels=(32, 64), layers_per_block=1,
                                 cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,

@@ -31,12 +31,12 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class Config:
     prompts: str = option(str(HERE / "prompts.txt"), "a text file, one prompt a line")
     noise: float = option(0.0, "perturb the pictures, within radius RHO; 0.01 if no number is given",
                           nargs="?", const=1e-2, metavar="RHO")
-    noise_type: str = option("worst", "the worst direction, or the mean over random ones", choices=("worst", "gaussian"))
+    noise_type: str = option("worst", "the worst direction, or a mean over random ones", choices=("worst", "gaussian"))
     noise_draws: int = option(4, "number of random directions for --noise-type gaussian")
     sam: float = option(0.0, "perturb the weights, within radius RHO; 0.01 if no number is given",
                         nargs="?", const=1e-2, metavar="RHO")
@@ -73,7 +73,7 @@ class Config:
     height: int = option(None, "of the pictures, in pixels (default: the model's)")
     width: int = option(None, "of the pictures, in pixels (default: the model's)")
     batch_size: int = option(32, "pictures per update")
-    micro_batch_size: int = option(1, "pictures in memory at a time")
+    micro_batch_size: int = option(1, "pictures in memory at a time; must divide the batch")
     learning_rate: float = option(2e-5, "of AdamW")
     weight_decay: float = option(1e-4, "of AdamW")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm")
@@ -81,8 +81,7 @@ class Config:
     eval_every: int = option(20, "updates between evaluations; 0: no evaluation at all")
     eval_images: int = option(32, "pictures per evaluation")
     seed: int = option(0, "of everything random")
-    dtype: str = option("float32", "of the frozen weights; the adapter is always float32",
-                        choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of the frozen weights; the adapter is float32", choices=("float32", "bfloat16"))
     device: str = option(None, "cuda, mps or cpu (default: the first of them that is there)")
     out: str = option(None, "a new or empty folder for the results (default: a new runs/NNN)")
 
@@ -90,7 +89,7 @@ class Config:
 # What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
 TINY = dict(model=str(HERE / "tiny" / "stable-diffusion"), models=str(HERE / "tiny"),
             prompts=str(HERE / "tiny" / "prompts.txt"), eval_reward=("judge", f"{HERE / 'tiny' / 'world.py'}:oracle"),
-            sampling_steps=10, guidance_scale=3.0, micro_batch_size=32, learning_rate=2e-3, rank=8,
+            sampling_steps=10, guidance_scale=3.0, micro_batch_size=None, learning_rate=2e-3, rank=8,
             train_steps=60, eval_images=144)
 S1_RADIUS, S1_RADIUS_TINY = 0.01, 0.1  # one radius for the sharpness of every run, so that runs can be compared
 
@@ -101,23 +100,15 @@ class UserError(Exception):
 
 # ---- One sampling step. Every deterministic sampler here is linear in the latent x and the network's output f. -----
 
-class Step(NamedTuple):
-    """x_next = a x + b f and x0 = c x + d f, at timestep t, where x = alpha x0 + sigma noise."""
-    t: int
-    a: float
-    b: float
-    c: float
-    d: float
-    alpha: float
-    sigma: float
+# One step, at timestep t: x_next = a x + b f and x0 = c x + d f, where x = alpha x0 + sigma noise. Plain numbers.
+Step = namedtuple("Step", "t a b c d alpha sigma")
 
 
 def ddim_steps(scheduler, sampling_steps):
-    """The DDIM update (arXiv 2010.02502, eta = 0) of each step as numbers, from a diffusers DDIMScheduler.
+    """The DDIM update (arXiv 2010.02502, eta = 0) as numbers: a list of Step, the noisiest first.
 
-    Returns a list of Step, the noisiest first. Raises ValueError for schedulers whose step isn't linear or isn't
-    defined: clip_sample, thresholding, prediction_type "sample", epsilon prediction where alpha is 0, and a number
-    of steps that diffusers' spacing can't make.
+    scheduler: a diffusers DDIMScheduler. Raises ValueError where its step isn't linear or isn't defined: clip_sample,
+    thresholding, prediction_type "sample", epsilon prediction where alpha is 0, a number of steps it can't make.
     """
     config = scheduler.config
     if config.clip_sample or config.thresholding:
@@ -126,25 +117,21 @@ def ddim_steps(scheduler, sampling_steps):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported, only epsilon and v_prediction")
     scheduler.set_timesteps(sampling_steps)
     if len(scheduler.timesteps) != sampling_steps or max(scheduler.timesteps) >= config.num_train_timesteps:
-        # "trailing" spacing rounds some numbers of steps up by one; "leading" runs over the end at 1000
+        # "trailing" spacing rounds some numbers of steps up by one; "leading" runs over the end at 1000.
         raise ValueError(f"the scheduler's spacing can't make {sampling_steps} steps; take another number")
     steps = []
     for t in scheduler.timesteps.tolist():
-        # Trap: alpha' is read T-th parts of the schedule further on, not at the next entry of `timesteps`;
-        # the two differ where T does not divide the schedule's length.
+        # Trap: alpha' is read a T-th of the schedule further on, not at the next of `timesteps`, which may differ.
         t_next = t - config.num_train_timesteps // sampling_steps
-        alpha_squared = float(scheduler.alphas_cumprod[t])
-        next_squared = float(scheduler.alphas_cumprod[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod)
-        alpha, sigma = math.sqrt(alpha_squared), math.sqrt(1 - alpha_squared)
-        alpha_, sigma_ = math.sqrt(next_squared), math.sqrt(1 - next_squared)
+        squares = scheduler.alphas_cumprod[t], (scheduler.alphas_cumprod[t_next] if t_next >= 0
+                                                else scheduler.final_alpha_cumprod)
+        (alpha, sigma), (alpha_, sigma_) = [(float(x) ** 0.5, (1 - float(x)) ** 0.5) for x in squares]
         if config.prediction_type == "v_prediction":
-            a, b = alpha_ * alpha + sigma_ * sigma, sigma_ * alpha - alpha_ * sigma
-            c, d = alpha, -sigma
-        elif alpha == 0:
-            raise ValueError(f"alpha is 0 at timestep {t}: there epsilon prediction says nothing about the image")
+            a, b, c, d = alpha_ * alpha + sigma_ * sigma, sigma_ * alpha - alpha_ * sigma, alpha, -sigma
+        elif alpha > 0:
+            a, b, c, d = alpha_ / alpha, sigma_ - alpha_ * sigma / alpha, 1 / alpha, -sigma / alpha
         else:
-            a, b = alpha_ / alpha, sigma_ - alpha_ * sigma / alpha
-            c, d = 1 / alpha, -sigma / alpha
+            raise ValueError(f"alpha is 0 at timestep {t}: there epsilon prediction says nothing about the image")
         steps.append(Step(t, a, b, c, d, alpha, sigma))
     return steps
 
@@ -480,27 +467,22 @@ def lora_state_dict(unet):
             for name, layer in unet.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
 
 
-# ---- Random numbers by name --------------------------------------------------------------------------------------
-# A sample's noise depends on what it is for, never on the order of the draws: splitting a batch changes nothing.
+# ---- Random numbers by name: a sample's noise depends on what it is for, never on the order of the draws ------------
 
 def named_generator(*name):
     """A CPU generator seeded by `name`, any numbers and strings; independent of every other name's."""
-    digest = hashlib.sha256(repr(name).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.Generator().manual_seed(int(hashlib.sha256(repr(name).encode()).hexdigest()[:16], 16))
 
 
 def micro_batches(prompts, name, size, device="cpu"):
     """`prompts` as a list of Batch of at most `size`; sample i's noise depends on (*name, i, purpose) alone."""
-    def batch(first):
-        indices = range(first, min(first + size, len(prompts)))
-
+    def batch(indices):
         def noise(purpose, shape):
             return torch.stack([torch.randn(shape, generator=named_generator(*name, i, purpose))
                                 for i in indices]).to(device)
-
         return Batch([prompts[i] for i in indices], noise)
 
-    return [batch(first) for first in range(0, len(prompts), size)]
+    return [batch(range(len(prompts))[first:first + size]) for first in range(0, len(prompts), size)]
 
 
 def training_prompts(prompts, seed, update, batch_size):
@@ -559,18 +541,15 @@ def model_size(model, height=None, width=None):
     model: from `find_model`; height, width: by default the model's own. Raises UserError for a model that is no
     Stable Diffusion, and for a size that it can't make.
     """
-    def read(name):
-        from huggingface_hub import hf_hub_download
-        try:
-            path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
-            return json.loads(path.read_text())
-        except Exception as error:
-            raise UserError(f"{model} is no diffusers model: no {name} ({one_line(error)})") from None
-
-    kind = read("model_index.json").get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"{model} is a {kind}; only a StableDiffusionPipeline will do (Stable Diffusion 1 and 2)")
-    unet, vae = read("unet/config.json"), read("vae/config.json")
+    from huggingface_hub import hf_hub_download
+    locate = Path if Path(model).is_dir() else hf_hub_download
+    try:
+        kind, unet, vae = (json.loads(Path(locate(model, name)).read_text())
+                           for name in ("model_index.json", "unet/config.json", "vae/config.json"))
+    except Exception as error:
+        raise UserError(f"{model} is no diffusers model: {one_line(error)}") from None
+    if kind["_class_name"] != "StableDiffusionPipeline":
+        raise UserError(f"{model} is a {kind['_class_name']}; only Stable Diffusion 1 and 2 are supported")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     height, width = height or factor * unet["sample_size"], width or factor * unet["sample_size"]
     if height % factor or width % factor:
@@ -686,24 +665,22 @@ def check(config):
         if not condition:
             raise UserError(message)
 
+    may_be_zero = ("tiny", "noise", "sam", "weight_decay", "eval_every", "guidance_scale", "seed")
     for name, value in asdict(config).items():
-        flag = "--" + name.replace("_", "-")
         if isinstance(value, (int, float)):
-            require(0 <= value < math.inf, f"{flag} can't be {value}; give a number that is not negative")
-            require(value or name in ("tiny", "noise", "sam", "weight_decay", "eval_every", "guidance_scale", "seed"),
-                    f"{flag} can't be 0")
-    require(config.sampling_steps <= 1000, f"--sampling-steps {config.sampling_steps} is more than the schedule's 1000")
-    require(config.grad_steps <= config.sampling_steps,
-            f"--grad-steps {config.grad_steps} is more than --sampling-steps {config.sampling_steps}")
-    require(config.batch_size % config.micro_batch_size == 0,
+            require(0 <= value < math.inf and (value > 0 or name in may_be_zero),
+                    f"--{name.replace('_', '-')} can't be {value}")
+    require(config.grad_steps <= config.sampling_steps <= 1000,
+            f"--sampling-steps {config.sampling_steps} must be at least --grad-steps {config.grad_steps}, at most 1000")
+    require(config.batch_size % (config.micro_batch_size or 1) == 0,
             f"--micro-batch-size {config.micro_batch_size} does not divide --batch-size {config.batch_size}")
-    require(config.reward not in config.eval_reward,
-            f"{config.reward} is trained on, so it can't be held out; give another --eval-reward")
-    require(config.models is None or Path(config.models).is_dir(), f"--models {config.models} is no folder")
+    require(config.reward not in config.eval_reward, f"{config.reward} is trained on, so it can't be held out; "
+            "give another --eval-reward")
+    require(not config.models or Path(config.models).is_dir(), f"--models {config.models} is no folder")
     if config.device:
         kind = config.device.partition(":")[0]
-        require(kind in ("cuda", "mps", "cpu"), f"unknown --device {config.device}; there are cuda, mps and cpu")
-        require(getattr(torch, kind).is_available(), f"--device {config.device}: there is none here; try cpu")
+        require(kind in ("cuda", "mps", "cpu") and getattr(torch, kind).is_available(),
+                f"--device {config.device} is not here; leave the flag out, or use cpu")
     if config.out:
         path = Path(config.out).absolute()
         parent = next(p for p in (path, *path.parents) if p.exists())
@@ -732,18 +709,19 @@ def make_out(out):
 
 
 def quiet_libraries():
-    """Leave the terminal to our own lines: no notes about torchvision, no bars while weights load."""
+    """Leave the terminal to our own lines: no notes about torchvision, no bars for weights. Returns the versions."""
     import transformers
     transformers.logging.set_verbosity_error()
     import diffusers
     diffusers.logging.set_verbosity_error()
     for library in transformers, diffusers:
         library.logging.disable_progress_bar()
-    return {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    return {"python": sys.version.split()[0], **versions}
 
 
 def peak_gb(device):
-    """Peak memory so far in GiB: on CUDA what torch took there, elsewhere the process's (None on Windows)."""
+    """Peak memory so far in GiB: on CUDA what torch took there, elsewhere the process's; None on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if sys.platform == "win32":
@@ -776,21 +754,22 @@ def train(config):
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=config.weight_decay, maximize=True)
     plan, sampling = draft(config.sampling_steps, config.grad_steps), draft(config.sampling_steps, K=0)
-    evaluation = evaluation_batches(prompts, config.eval_images, config.micro_batch_size, device)
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    evaluation = evaluation_batches(prompts, config.eval_images, micro_batch_size, device)
 
     from safetensors.torch import save_file
     from tqdm import tqdm
     out = make_out(config.out)
     settings = {**asdict(config), "height": height, "width": width, "device": device, "out": str(out)}
-    (out / "config.json").write_text(json.dumps({**settings, "python": platform.python_version(), **versions}, indent=1))
+    (out / "config.json").write_text(json.dumps({**settings, **versions}, indent=1))
 
     def write(record):
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def evaluate_now(step):
-        scores, pictures = evaluate(lambda batch: generate(batch, sampling), evaluation, (config.reward, reward), rewards,
-                                    S1_RADIUS_TINY if config.tiny else S1_RADIUS)
+        scores, pictures = evaluate(lambda batch: generate(batch, sampling), evaluation, (config.reward, reward),
+                                    rewards, S1_RADIUS_TINY if config.tiny else S1_RADIUS)
         write({"eval": True, "step": step, **scores})
         save_grid(pictures, out / "samples" / f"step_{step:06d}.png")
         return scores
@@ -807,7 +786,7 @@ def train(config):
         for step in progress:
             start = time.perf_counter()
             chosen = training_prompts(prompts, config.seed, step - 1, config.batch_size)
-            batches = micro_batches(chosen, (config.seed, step - 1), config.micro_batch_size, device)
+            batches = micro_batches(chosen, (config.seed, step - 1), micro_batch_size, device)
             record = rsaft_gradient(batches, lambda batch: generate(batch, plan), reward, params, config.noise,
                                     config.sam, config.noise_draws if config.noise_type == "gaussian" else 0)
             record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()

@@ -353,8 +353,8 @@ def test_splitting_the_batch_changes_nothing_but_rounding(pipe, pickscore, rho, 
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
     for size in 1, 2, 4:
-        log = rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:4], (0, 0), size), lambda b: generate(b, rsaft.draft(4, 1)),
-                                   pickscore, params, rho, rho_w)
+        batches = rsaft.micro_batches(PROMPTS[:4], (0, 0), size)
+        log = rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, 1)), pickscore, params, rho, rho_w)
         results.append((log, torch.cat([p.grad.flatten() for p in params])))
     for log, gradient in results[1:]:
         assert (gradient - results[0][1]).norm() < 1e-3 * results[0][1].norm()
@@ -454,7 +454,8 @@ def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(picture
 
 def run(*arguments):
     """rsaft.py in a process of its own, as a user has it."""
-    return subprocess.run([sys.executable, str(HERE / "rsaft.py"), *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, str(HERE / "rsaft.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def records(out, evaluations=False):
@@ -464,8 +465,8 @@ def records(out, evaluations=False):
 
 def small(out, *arguments):
     """A run of a few updates on small batches, in this process. Returns its exit code."""
-    return rsaft.main(["--tiny", "--train-steps", "3", "--sampling-steps", "4", "--batch-size", "4", "--eval-images", "4",
-                       "--micro-batch-size", "4", "--eval-every", "2", "--rank", "4", "--out", str(out),
+    return rsaft.main(["--tiny", "--train-steps", "3", "--sampling-steps", "4", "--batch-size", "4", "--eval-images",
+                       "4", "--micro-batch-size", "4", "--eval-every", "2", "--rank", "4", "--out", str(out),
                        *map(str, arguments)])
 
 
@@ -482,7 +483,8 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
         assert word in result.stdout
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr and "torchvision" not in result.stderr
 
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "pytorch_lora_weights.safetensors"}
+    files = {"config.json", "log.jsonl", "samples", "pytorch_lora_weights.safetensors"}
+    assert {path.name for path in out.iterdir()} == files
     config = json.loads((out / "config.json").read_text())
     assert config["noise"] == config["sam"] == 0.01 and config["torch"] == torch.__version__
     assert [record["step"] for record in records(out)] == [1, 2, 3]
@@ -495,7 +497,7 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
     assert [record["step"] for record in evaluations] == [0, 2, 3]
     assert evaluations[0].keys() == {"eval", "step", "pickscore", "judge", "oracle_rmse", "oracle_accuracy", "s1"}
 
-    # What README tells the user to do with the adapter, with the pipeline of diffusers and nothing of ours but the noise.
+    # What README tells the user to do with the adapter: the pipeline of diffusers, and nothing of ours but the noise.
     pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -520,7 +522,7 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
 def test_radius_0_gives_the_log_and_the_adapter_of_the_plain_method_bit_for_bit(tmp_path):
     assert small(tmp_path / "plain") == 0 == small(tmp_path / "zero", "--sam", "0", "--noise", "0")
     assert small(tmp_path / "sam", "--sam", "0.1") == 0
-    plain, zero, sam = ([{k: v for k, v in r.items() if k not in ("seconds", "peak_gb")} for r in records(tmp_path / name)]
+    plain, zero, sam = ([{**record, "seconds": 0, "peak_gb": 0} for record in records(tmp_path / name)]
                         for name in ("plain", "zero", "sam"))
     assert plain == zero and plain != sam
     weights = [(tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("plain", "zero", "sam")]
@@ -529,8 +531,8 @@ def test_radius_0_gives_the_log_and_the_adapter_of_the_plain_method_bit_for_bit(
 
 @pytest.mark.parametrize("flags", [[], ["--sam", "--noise"]])
 def test_the_training_reward_rises(tmp_path, flags):
-    assert rsaft.main(["--tiny", "--train-steps", "25", "--batch-size", "16", "--eval-images", "72", "--eval-every", "25",
-                       "--learning-rate", "4e-3", "--out", str(tmp_path / "out"), *flags]) == 0
+    assert rsaft.main(["--tiny", "--train-steps", "25", "--batch-size", "16", "--eval-images", "72", "--eval-every",
+                       "25", "--learning-rate", "4e-3", "--out", str(tmp_path / "out"), *flags]) == 0
     before, after = records(tmp_path / "out", evaluations=True)
     assert after["pickscore"] > before["pickscore"] + 0.5
 
@@ -661,6 +663,6 @@ def test_the_patch_in_the_readme_is_algorithm_1():
             updates.append(self.param_groups[0]["params"][0].grad.clone())
 
     params, batch = [toy.theta], toy.batches[0]
-    exec(patch, dict(reward=toy.reward, params=params, prompts=batch.prompts, generate=lambda prompts: toy.generate(batch),
-                     optimizer=Optimizer(params, lr=1.0, maximize=True)))
+    exec(patch, dict(reward=toy.reward, params=params, prompts=batch.prompts, optimizer=Optimizer(params, maximize=True),
+                     generate=lambda prompts: toy.generate(batch)))
     assert_close(updates, [expected], rtol=1e-9, atol=1e-9)

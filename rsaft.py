@@ -31,9 +31,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Callable
@@ -57,9 +58,11 @@ class Config:
     model: str = option("stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder, or an id on the hub")
     models: str = option(None, "take reward models from this folder, one sub-folder per name, not from the hub")
     tiny: bool = option(False, "the small models in tiny/, and defaults that suit a CPU")
-    reward: str = option("pickscore", "what is maximised: a name, or FILE.py:FUNCTION")
+    reward: tuple = option(("pickscore",), "what is maximised: names or FILE.py:FUNCTION, a weighted sum of several",
+                           nargs="+", type=str, metavar="NAME[=WEIGHT]")
     eval_reward: tuple = option((), "held-out scores, never trained on", nargs="*", type=str, metavar="REWARD")
     prompts: str = option(str(HERE / "prompts.txt"), "a text file, one prompt a line")
+    eval_prompts: str = option(None, "another one for the evaluations (default: the same)")
     noise: float = option(0.0, "perturb the pictures, within radius RHO; 0.01 if no number is given",
                           nargs="?", const=1e-2, metavar="RHO")
     noise_type: str = option("worst", "the worst direction, or a mean over random ones", choices=("worst", "gaussian"))
@@ -68,7 +71,9 @@ class Config:
                         nargs="?", const=1e-2, metavar="RHO")
     train_steps: int = option(200, "number of updates")
     sampling_steps: int = option(50, "DDIM steps of a rollout, T")
-    grad_steps: int = option(1, "the last K of them carry the gradient")
+    method: str = option("draft", "which part of the rollout is differentiated", 
+                         choices=("draft", "draft-lv", "alignprop", "refl", "drtune"))
+    grad_steps: int = option(None, "K, how many steps carry the gradient (default: the method's)")
     guidance_scale: float = option(7.5, "classifier-free guidance; 1 turns it off")
     height: int = option(None, "of the pictures, in pixels (default: the model's)")
     width: int = option(None, "of the pictures, in pixels (default: the model's)")
@@ -80,6 +85,10 @@ class Config:
     rank: int = option(16, "of the LoRA adapter")
     eval_every: int = option(20, "updates between evaluations; 0: no evaluation at all")
     eval_images: int = option(32, "pictures per evaluation")
+    stop_on_hacking: bool = option(False, "end the run when the alarm is raised")
+    evaluate: str = option(None, "no training: judge the adapter in this folder", metavar="DIR")
+    lora_scale: tuple = option((1.0,), "with --evaluate: how much of the adapter", nargs="+", type=float, metavar="X")
+    tensorboard: bool = option(False, "write the log for tensorboard as well")
     seed: int = option(0, "of everything random")
     dtype: str = option("float32", "of the frozen weights; the adapter is float32", choices=("float32", "bfloat16"))
     device: str = option(None, "cuda, mps or cpu (default: the first of them that is there)")
@@ -140,29 +149,86 @@ def ddim_steps(scheduler, sampling_steps):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which part of a rollout is differentiated. Drawn once, and the same in both passes of an update.
+    """Which part of a rollout is differentiated. Drawn once per update, and the same in both of its passes.
 
-    grad: for each step that is taken, whether the network's output carries a gradient.
+    grad: for each step that is taken, whether the network's output carries a gradient. It may be shorter than the
+    schedule: the rollout then stops early. predict_x0: the last step taken jumps to its prediction of x0.
+    detach_input: no gradient through what the network is given. renoised: DRaFT-LV's number of extra pictures.
     """
     grad: tuple
+    predict_x0: bool = False
+    detach_input: bool = False
+    renoised: int = 0
 
 
-def draft(T, K=1):
-    """The plan of DRaFT-K (arXiv 2309.17400): all T steps, the last K with gradient. K = 0 is plain sampling."""
-    return Plan(grad=(False,) * (T - K) + (True,) * K)
+def draw(rng, low, high):
+    """An integer, uniform over low..high, both included."""
+    return torch.randint(low, high + 1, (), generator=rng).item()
+
+
+def last_steps(taken, K, shortest):
+    """`Plan.grad` with the last K of the steps taken. Raises ValueError if the shortest rollout has fewer than K."""
+    if K > shortest:
+        raise ValueError(f"{K} steps can't carry the gradient: the rollout may have only {shortest}")
+    return (False,) * (taken - K) + (True,) * K
+
+
+# The five methods: plans drawn from T sampling steps and a torch.Generator; K overrides the method's own.
+
+def draft(T, rng, K=None):
+    """DRaFT-K (arXiv 2309.17400): all T steps, the last K = 1 with gradient."""
+    return Plan(last_steps(T, K or 1, T))
+
+
+def draft_lv(T, rng, K=None):
+    """DRaFT-LV (arXiv 2309.17400): DRaFT-1, and two more pictures from x0 noised again to the last timestep."""
+    return Plan(last_steps(T, K or 1, T), renoised=2)
+
+
+def alignprop(T, rng, K=None):
+    """AlignProp (arXiv 2310.03739): K uniform over 1..T. (As published from 0, where nothing would be learnt.)"""
+    return Plan(last_steps(T, K or draw(rng, 1, T), T))
+
+
+def refl(T, rng, K=None):
+    """ReFL (arXiv 2304.05977): up to a random step of the last quarter, which carries the gradient and predicts x0."""
+    first = 3 * T // 4
+    return Plan(last_steps(draw(rng, first, T - 1) + 1, K or 1, first + 1), predict_x0=True)
+
+
+def drtune(T, rng, K=None):
+    """DRTune (arXiv 2405.00760): K = T/10 evenly spaced steps up to a random stop in the last 40 percent, where x0 is
+    predicted. The network's input is detached: the gradient flows through the sampler's arithmetic alone."""
+    first = T - math.ceil(0.4 * T)
+    taken, K = draw(rng, first, T - 1) + 1, K or max(1, round(T / 10))
+    last_steps(taken, K, first + 1)  # for the check alone
+    offset = draw(rng, 0, taken // K - 1)
+    chosen = range(offset, taken, taken // K)[:K]
+    return Plan(tuple(i in chosen for i in range(taken)), predict_x0=True, detach_input=True)
+
+
+METHODS = {"draft": draft, "draft-lv": draft_lv, "alignprop": alignprop, "refl": refl, "drtune": drtune}
 
 
 def rollout(denoise, x, steps, plan):
     """Deterministic DDIM sampling that keeps the gradient where the plan says so.
 
-    denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT;
-    steps: list of Step. Returns the final latents, (B, C, h, w), with a graph through the steps of `plan.grad`.
+    denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT; steps: list of
+    Step. Returns the final latents, (B, C, h, w), with a graph through the steps of `plan.grad`.
     """
-    for step, carries_grad in zip(steps, plan.grad):
+    for i, (step, carries_grad) in enumerate(zip(steps, plan.grad)):
         with torch.set_grad_enabled(carries_grad and torch.is_grad_enabled()):
-            f = denoise(x, step.t)
-        x = step.a * x + step.b * f
+            f = denoise(x.detach() if plan.detach_input else x, step.t)
+        if plan.predict_x0 and i == len(plan.grad) - 1:
+            return step.c * x + step.d * f
+        x = step.a * x + step.b * f    # outside the block: DRTune's gradient flows here where the network carries none
     return x
+
+
+def renoise(denoise, x0, step, noise):
+    """DRaFT-LV's extra picture: latents x0, taken as constants, noised to `step` and predicted again in one call."""
+    x = step.alpha * x0.detach() + step.sigma * noise
+    return step.c * x + step.d * denoise(x, step.t)
 
 
 def make_denoise(unet, prompt_embeds, negative_embeds, guidance_scale):
@@ -200,43 +266,177 @@ def decode(vae, latents):
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_pixels(images, size):
-    """Images (B, 3, H, W) in [0, 1] to what a CLIP vision tower takes, (B, 3, size, size), with the gradient kept.
+def clip_pixels(images, size, pad=False):
+    """Images (B, 3, H, W) in [0, 1] to what a vision tower takes, (B, 3, size, size), with the gradient kept.
 
-    Antialiased bicubic resize of the short side, then a centre crop: CLIP's preprocessing of 8-bit pictures. That
-    rounds the overshoot away, hence the clamp: where it acts there is no gradient. The right size passes untouched.
+    Antialiased bicubic resize of the short side and a centre crop: CLIP's preprocessing of 8-bit pictures. That rounds
+    the overshoot away, hence the clamp: where it acts there is no gradient. With `pad` the long side is resized, zeros
+    fill the square and nothing is clamped (HPSv2's own). Either way the right size passes untouched.
     """
     H, W = images.shape[-2:]
     if (H, W) != (size, size):
-        H, W = round(H * size / min(H, W)), round(W * size / min(H, W))
-        images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (H - size) // 2, (W - size) // 2
-        images = images[..., top:top + size, left:left + size]
+        side = max(H, W) if pad else min(H, W)
+        H, W = round(H * size / side), round(W * size / side)
+        images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True)
+        images = images if pad else images.clamp(0, 1)
+        top, left = int((H - size) / 2), int((W - size) / 2)  # negative where there is something to fill
+        images = F.pad(images, (-left, size - W + left, -top, size - H + top))
     mean, std = images.new_tensor([CLIP_MEAN, CLIP_STD])[..., None, None]
     return (images - mean) / std
 
 
-def clip_score(model, input_ids, pixels):
-    """exp(logit_scale) * cosine of text and image under a transformers CLIPModel: (B,), differentiable in `pixels`.
-
-    input_ids: (B, tokens); pixels: (B, 3, size, size), normalised. With its weights this is PickScore (2305.01569).
-    """
-    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+def clip_embeddings(model, input_ids, pixels):
+    """L2-normalised text and image embeddings of a transformers CLIPModel, (B, width) each."""
     text = model.text_projection(model.text_model(input_ids=input_ids).pooler_output)
-    return model.logit_scale.exp() * F.cosine_similarity(image, text, dim=-1)
+    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    return F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+
+
+def tokenizer(source, length, device):
+    """A function of B prompts to input_ids and attention_mask, (B, length) each: truncated, padded to the maximum."""
+    from transformers import AutoTokenizer
+    tokenize = AutoTokenizer.from_pretrained(source)
+    return lambda prompts: tokenize(list(prompts), padding="max_length", truncation=True, max_length=length,
+                                    return_tensors="pt").to(device)
+
+
+def clip_reward(model, tokenizer_source, device, scale, pad=False):
+    """scale * cosine of text and image, the reward of all that is a CLIPModel."""
+    model = model.to(device).eval().requires_grad_(False)
+    tokens = tokenizer(tokenizer_source, model.config.text_config.max_position_embeddings, device)
+
+    def reward(images, prompts):
+        pixels = clip_pixels(images, model.config.vision_config.image_size, pad)
+        text, image = clip_embeddings(model, tokens(prompts).input_ids, pixels)
+        return scale * (text * image).sum(-1)
+
+    return reward
+
+
+def load_clip(source):
+    from transformers import CLIPModel
+    return CLIPModel.from_pretrained(source, dtype=torch.float32)  # without dtype the file's own would be kept
 
 
 def pickscore(files, device):
-    """PickScore as a reward; pictures score about 18 to 24. files: {"weights": ..., "tokenizer": ...}."""
-    from transformers import AutoTokenizer, CLIPModel
-    model = CLIPModel.from_pretrained(files["weights"], dtype=torch.float32).to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"])
-    tokens, size = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
+    """PickScore (arXiv 2305.01569), exp(logit_scale) * cosine: about 18 to 24."""
+    model = load_clip(files["config.json"])
+    return clip_reward(model, files["tokenizer_config.json"], device, model.logit_scale.exp().item())
+
+
+def clipscore(files, device):
+    """CLIPScore (arXiv 2104.08718) as 100 * cosine under CLIP ViT-L/14."""
+    return clip_reward(load_clip(files["config.json"]), files["tokenizer_config.json"], device, 100.0)
+
+
+def load_checkpoint(files, name):
+    """The tensors of a .pt or .pth file, from a folder or the hub; never a pickle that could run code."""
+    from huggingface_hub import hf_hub_download
+    path = Path(files[name], name) if Path(files[name]).is_dir() else hf_hub_download(files[name], name)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def renamed(state, rules):
+    """A checkpoint under new names: each of the (pattern, replacement) rules applied to every key, in order."""
+    for pattern, replacement in rules:
+        state = {re.sub(pattern, replacement, key): tensor for key, tensor in state.items()}
+    return state
+
+
+OPEN_CLIP = (  # open_clip's names to those of transformers' CLIPModel
+    (r"^visual\.", "vision_model."), (r"^(?!vision_model\.|logit_scale)", "text_model."),
+    (r"^vision_model\.proj$", "visual_projection.weight"), (r"^text_model\.text_projection$", "text_projection.weight"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"), (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.(token_embedding|class_embedding)", r".embeddings.\1"), (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."), (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.transformer\.resblocks\.", ".encoder.layers."), (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
+
+
+# CLIP ViT-H/14. Trap: the default hidden_act of CLIPConfig, quick_gelu, is wrong for it.
+VIT_H = dict(text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              hidden_act="gelu"),
+             vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                                hidden_act="gelu", patch_size=14, image_size=224),
+             projection_dim=1024)
+
+
+def hpsv2(files, device):
+    """HPSv2 and HPSv2.1 (arXiv 2306.09341), 100 * cosine: about 23 to 28, and 14 to 32. CLIP in open_clip's layout."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    state = load_checkpoint(files, next(name for name in files if name.endswith(".pt")))["state_dict"]
+    state = renamed(state, OPEN_CLIP)
+    for key in [key for key in state if ".attn.in_proj_" in key]:
+        for letter, part in zip("qkv", state.pop(key).chunk(3)):
+            state[key.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part
+    for key in "visual_projection.weight", "text_projection.weight":
+        state[key] = state[key].T.contiguous()
+    config = CLIPConfig(**VIT_H)
+    # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
+    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(files["tokenizer_config.json"]).eos_token_id
+    model = CLIPModel(config)
+    model.load_state_dict(state)
+    return clip_reward(model, files["tokenizer_config.json"], device, 100.0, pad=True)
+
+
+def linear_head(state):
+    """The five linear layers, with nothing between them, that end ImageReward and the aesthetic predictor."""
+    head = nn.Sequential(*[nn.Linear(*state[f"layers.{i}.weight"].shape[::-1]) for i in (0, 2, 4, 6, 7)])
+    head.load_state_dict(renamed(state, [(rf"^layers\.{i}\.", f"{k}.") for k, i in enumerate((0, 2, 4, 6, 7))]))
+    return head
+
+
+BLIP_VISION = (  # ImageReward's names to those of transformers' BlipVisionModel
+    (r"^(cls_token)$", "embeddings.class_embedding"), (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."), (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."), (r"\.norm([12])\.", r".layer_norm\1."), (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."))
+
+
+BLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                  image_size=224, patch_size=16, layer_norm_eps=1e-6)
+BLIP_TEXT = dict(vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12, is_decoder=True)
+
+
+def imagereward(files, device):
+    """ImageReward (arXiv 2304.05977): BLIP and a linear head, standardised; about -2 to 2."""
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+    vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
+    text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has the cross attention
+    parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}, "": {}}
+    for key, tensor in load_checkpoint(files, "ImageReward.pt").items():
+        prefix = next(prefix for prefix in parts if key.startswith(prefix))
+        parts[prefix][key.removeprefix(prefix)] = tensor
+    seen, said, mlp, rest = parts.values()
+    said.pop("embeddings.position_ids", None)
+    surplus = [key for key in rest if not key.startswith(("blip.vision_proj.", "blip.text_proj."))]  # unused in scoring
+    if surplus:
+        raise ValueError(f"unexpected keys {surplus}")
+    vision.load_state_dict(renamed(seen, BLIP_VISION))
+    text.load_state_dict(said)
+    head = linear_head(mlp)
+    for module in vision, text, head:
+        module.to(device).eval().requires_grad_(False)
+    tokens = tokenizer(files["tokenizer_config.json"], 35, device)
 
     def reward(images, prompts):
-        input_ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokens,
-                              return_tensors="pt").input_ids.to(device)
-        return clip_score(model, input_ids, clip_pixels(images, size))
+        image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state
+        hidden = text(**tokens(prompts), encoder_hidden_states=image, is_decoder=False).last_hidden_state[:, 0]
+        return (head(hidden)[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+    return reward
+
+
+def aesthetic(files, device):
+    """The LAION aesthetic predictor: a linear head on CLIP ViT-L/14, about 1 to 10; it ignores the prompt."""
+    clip, head = load_clip(files["config.json"]), linear_head(load_checkpoint(files, "aesthetic-model.pth"))
+    for module in clip, head:
+        module.to(device).eval().requires_grad_(False)
+
+    def reward(images, prompts):
+        pixels = clip_pixels(images, clip.config.vision_config.image_size)
+        image = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+        return head(F.normalize(image, dim=-1))[:, 0]
 
     return reward
 
@@ -249,16 +449,22 @@ def own_function(files, device):
     return getattr(module, files["function"])
 
 
-# name: (loader, {what: hub id}). A loader takes ({what: folder or hub id}, device) and returns the reward function.
+# name: (loader, {file that must be there: its id on the hub}). A loader takes ({file: folder or hub id}, device).
+CLIP_H, CLIP_L = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 REWARDS = {
-    "pickscore": (pickscore, {"weights": "yuvalkirstain/PickScore_v1",
-                              "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}),
-    "judge": (pickscore, {"weights": None, "tokenizer": None}),  # the held-out judge of tiny/; on no hub
+    "pickscore": (pickscore, {"config.json": "yuvalkirstain/PickScore_v1", "tokenizer_config.json": CLIP_H}),
+    "hpsv2": (hpsv2, {"HPS_v2_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": CLIP_H}),
+    "hpsv2.1": (hpsv2, {"HPS_v2.1_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": CLIP_H}),
+    "imagereward": (imagereward, {"ImageReward.pt": "zai-org/ImageReward",
+                                  "tokenizer_config.json": "google-bert/bert-base-uncased"}),
+    "aesthetic": (aesthetic, {"config.json": CLIP_L, "aesthetic-model.pth": "trl-lib/ddpo-aesthetic-predictor"}),
+    "clipscore": (clipscore, {"config.json": CLIP_L, "tokenizer_config.json": CLIP_L}),
+    "judge": (pickscore, {"config.json": None, "tokenizer_config.json": None}),  # the judge in tiny/; on no hub
 }
 
 
 def reward_files(name, models=None):
-    """Where the reward `name` is to be had, {what: file, folder or hub id}; loads nothing. Raises UserError."""
+    """Where the reward `name` is to be had, {file: folder or hub id}; loads nothing. Raises UserError."""
     file, _, function = name.rpartition(":")
     if file.endswith(".py"):
         if not Path(file).is_file():
@@ -268,12 +474,13 @@ def reward_files(name, models=None):
         raise UserError(f"unknown reward {name!r}; there are {', '.join(REWARDS)}, and FILE.py:FUNCTION for your own")
     hub = REWARDS[name][1]
     if models:
-        if not Path(models, name, "config.json").is_file():
-            raise UserError(f"reward {name}: there is no {Path(models, name, 'config.json')}; see --models")
+        missing = [str(Path(models, name, file)) for file in hub if not Path(models, name, file).is_file()]
+        if missing:
+            raise UserError(f"reward {name}: there is no {' and no '.join(missing)}; see --models")
         return dict.fromkeys(hub, str(Path(models, name)))
     if not all(hub.values()):
         raise UserError(f"the reward {name} is on no hub; --models DIR must name the folder that holds {name}/")
-    return {what: find_model(source) for what, source in hub.items()}
+    return {file: find_model(source) for file, source in hub.items()}
 
 
 def make_reward(name, models=None, device="cpu"):
@@ -372,70 +579,70 @@ def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussi
 
     It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain gradient of Eq. 4.
 
-    batches: list of Batch, the micro-batches of one update; generate: Batch -> images (B, 3, H, W) with a graph to
-    `params`, the same images each time for the same weights; reward: (images, prompts) -> (B,); rho: radius of the
-    picture's perturbation; rho_w: radius of the weights'; gaussian_draws: if not 0, the mean over that many random
-    directions of norm rho takes the place of the worst one.
+    batches: list of Batch, the micro-batches of one update; generate: Batch -> images with a graph to `params`, the
+    same each time for the same weights, (n B, 3, H, W) for the n pictures of each prompt; reward: (images, prompts)
+    -> one value per image; rho: radius of the pictures' perturbation; rho_w: radius of the weights';
+    gaussian_draws: if not 0, the mean over that many random directions of norm rho takes the worst one's place.
 
-    Returns a dict of floats, means over the pictures: the reward and, for each perturbation that is on, the norm
-    reached, the fall of the reward that the first order predicts, and the fall measured.
+    Returns a dict of floats, means over the pictures: the reward (of the first picture of each prompt) and, for each
+    perturbation that is on, the norm reached, the fall of the reward that the first order predicts, and the fall
+    measured.
     """
-    size, log, kept = sum(len(batch.prompts) for batch in batches), {}, []
-
-    def add(name, values):
-        log[name] = log.get(name, 0.0) + values.sum().item() / size
-
+    total, log, kept = sum(len(batch.prompts) for batch in batches), defaultdict(float), []
     for p in params:
         p.grad = None
     for batch in batches:                                                      # first pass, at theta
         x0 = generate(batch)
-        r, g = reward_gradient(reward, x0, batch.prompts)
-        add("reward", r)
+        n = len(x0) // len(batch.prompts)
+        prompts, share = batch.prompts * n, 1 / (total * n)                    # one picture's share in the mean
+        r, g = reward_gradient(reward, x0, prompts)
+        log["reward"] += r[:len(batch.prompts)].sum().item() / total
         uphill, deltas = g, [0.0]
         if rho > 0:
-            directions = [batch.noise(f"gaussian {i}", x0.shape[1:]) for i in range(gaussian_draws)] or [g]
-            deltas = [sample_perturbation(v, rho) for v in directions]                           # d, Eq. 15
+            directions = [batch.noise(f"gaussian {i}", (n, *x0.shape[1:])).transpose(0, 1).flatten(0, 1)
+                          for i in range(gaussian_draws)] or [g]
+            deltas = [sample_perturbation(direction, rho) for direction in directions]           # d, Eq. 15
             if rho_w > 0:                                                      # its value, for the log alone
                 with torch.no_grad():
-                    r_d = sum(reward(x0 + delta, batch.prompts) for delta in deltas) / len(deltas)
+                    r_d = sum(reward(x0 + delta, prompts) for delta in deltas) / len(deltas)
             else:
-                r_d, uphill = reward_gradient(reward, x0, batch.prompts, deltas)
-            add("noise_fall_measured", r - r_d)
+                r_d, uphill = reward_gradient(reward, x0, prompts, deltas)
+            log["noise_fall_measured"] += share * (r - r_d).sum().item()
             for delta in deltas:
-                add("noise_fall_predicted", -g * delta / len(deltas))
-                add("noise_norm", (x0.detach() + delta - x0.detach()).flatten(1).norm(dim=1) / len(deltas))
-        x0.backward(uphill / size)
-        kept.append(deltas)
+                reached = (x0.detach() + delta - x0.detach()).flatten(1).norm(dim=1)
+                log["noise_fall_predicted"] -= share * (g * delta).sum().item() / len(deltas)
+                log["noise_norm"] += share * reached.sum().item() / len(deltas)
+        x0.backward(share * uphill)
+        kept.append((deltas, r))
 
     if rho_w > 0:
         # Only now, with the whole batch seen, is the gradient known whose direction e takes.
         grads = [p.grad for p in params]
         epsilons = parameter_perturbation(grads, rho_w)                                          # e, Eq. 17
         log["sam_fall_predicted"] = -sum((grad * e).sum().item() for grad, e in zip(grads, epsilons))
-        log["sam_fall_measured"] = log["reward"]
         for p in params:
             p.grad = None
         with perturbed(params, epsilons) as reached:
             log["sam_norm"] = nn.utils.get_total_norm(reached).item()
-            for batch, deltas in zip(batches, kept):                           # second pass, at theta + e
+            for batch, (deltas, r) in zip(batches, kept):                      # second pass, at theta + e
                 x0 = generate(batch)
-                r, g = reward_gradient(reward, x0, batch.prompts, deltas)      # at x0' + d: Eq. 19
-                x0.backward(g / size)
+                r_e, g = reward_gradient(reward, x0, batch.prompts * n, deltas)      # at x0' + d: Eq. 19
+                x0.backward(share * g)
                 if rho > 0:                                                    # at x0', for the log alone
                     with torch.no_grad():
-                        r = reward(x0, batch.prompts)
-                add("sam_fall_measured", -r)
-    return log
+                        r_e = reward(x0, batch.prompts * n)
+                log["sam_fall_measured"] += share * (r - r_e).sum().item()
+    return dict(log)
 
 
 # ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus B A, in float32 whatever the layer's dtype. B starts at 0: no change."""
+    """A frozen linear layer plus scale * B A, in float32 whatever the layer's dtype. B starts at 0: no change."""
 
     def __init__(self, linear, rank, generator):
         super().__init__()
-        self.linear = linear
+        self.linear, self.scale = linear, 1.0
         bound = linear.in_features ** -0.5
         A = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
         self.A = nn.Parameter(A.to(linear.weight.device))
@@ -443,7 +650,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.linear(x)
-        return (y.float() + x.float() @ self.A.T @ self.B.T).to(y.dtype)
+        return (y.float() + self.scale * (x.float() @ self.A.T @ self.B.T)).to(y.dtype)
 
 
 def add_lora(unet, rank, generator=None):
@@ -465,6 +672,46 @@ def lora_state_dict(unet):
     """
     return {f"unet.{name}.lora_{part}.weight": getattr(layer, part).detach().cpu().contiguous()
             for name, layer in unet.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
+
+
+@contextlib.contextmanager
+def lora_scale(unet, scale):
+    """Inside the with block the adapter counts `scale` times; 0 is the base model, 1 the tuned one."""
+    layers = [module for module in unet.modules() if isinstance(module, LoRALinear)]
+    before = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = scale
+        yield
+    finally:
+        for layer, scale in zip(layers, before):
+            layer.scale = scale
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def save_lora(unet, folder):
+    """Write the adapter so that diffusers' load_lora_weights(folder) takes it."""
+    from safetensors.torch import save_file
+    Path(folder).mkdir(exist_ok=True)
+    save_file(lora_state_dict(unet), Path(folder, ADAPTER))
+
+
+def load_lora(unet, folder):
+    """Add the adapter in `folder` to a UNet that has none. Raises UserError if it is not one for this UNet."""
+    from safetensors.torch import load_file
+    try:
+        state = load_file(Path(folder, ADAPTER))
+        add_lora(unet, next(tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight")))
+        layers = {f"unet.{name}": layer for name, layer in unet.named_modules() if isinstance(layer, LoRALinear)}
+        for name, layer in layers.items():
+            layer.load_state_dict({**layer.linear.state_dict(prefix="linear."), "A": state.pop(f"{name}.lora_A.weight"),
+                                   "B": state.pop(f"{name}.lora_B.weight")})
+        if state:
+            raise ValueError(f"surplus keys {list(state)}")
+    except Exception as error:
+        raise UserError(f"the adapter in {folder} doesn't fit this model: {one_line(error)}") from error
 
 
 # ---- Random numbers by name: a sample's noise depends on what it is for, never on the order of the draws ------------
@@ -573,7 +820,8 @@ def load_pipeline(model, dtype=torch.float32, device="cpu"):
 def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
     """A function generate(batch, plan) -> images (B, 3, H, W), from the parts of a StableDiffusionPipeline.
 
-    Its scheduler is DDIM made from the pipeline's own. A prompt goes through the text encoder once and is kept.
+    With plan.renoised = n there are n + 1 times as many, the sample's own B first. The scheduler is DDIM, made from the
+    pipeline's own. A prompt goes through the text encoder once and is kept.
     Raises UserError for a scheduler that DDIM can't follow.
     """
     from diffusers import DDIMScheduler
@@ -590,17 +838,29 @@ def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
     def generate(batch, plan):
         prompt_embeds = torch.cat([embed(prompt) for prompt in batch.prompts])
         denoise = make_denoise(pipe.unet, prompt_embeds, embed("").expand_as(prompt_embeds), guidance_scale)
-        return decode(pipe.vae, rollout(denoise, batch.noise("xT", latent_shape), steps, plan))
+        latents = [rollout(denoise, batch.noise("xT", latent_shape), steps, plan)]
+        for k in range(plan.renoised):
+            latents.append(renoise(denoise, latents[0], steps[-1], batch.noise(f"renoise {k}", latent_shape)))
+        return decode(pipe.vae, torch.cat(latents))
 
     return generate
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
-def scores_by_name(name, reward, images, prompts):
-    """{name: (B,)}; FILE.py:FUNCTION is called FUNCTION, and one that returns a dict gives FUNCTION_KEY for each."""
-    name, scores = name.rpartition(":")[2], reward(images, prompts)
-    return {f"{name}_{key}": value for key, value in scores.items()} if isinstance(scores, dict) else {name: scores}
+def short_name(name):
+    """What a reward is called in the log: FILE.py:FUNCTION is FUNCTION."""
+    return name.rpartition(":")[2]
+
+
+def scores_by_name(rewards, images, prompts):
+    """{name: (B,)} of all `rewards`, {name: function}; a function that returns a dict gives NAME_KEY for each key."""
+    scores = {}
+    for name, reward in rewards.items():
+        score = reward(images, prompts)
+        parts = {f"_{key}": value for key, value in score.items()} if isinstance(score, dict) else {"": score}
+        scores |= {short_name(name) + key: value for key, value in parts.items()}
+    return scores
 
 
 def check_reward(name, reward, prompts, height, width, device, differentiable):
@@ -608,7 +868,7 @@ def check_reward(name, reward, prompts, height, width, device, differentiable):
     images = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
     images = images.repeat(len(prompts), 1, 1, 1).requires_grad_(differentiable)
     try:
-        scores = scores_by_name(name, reward, images, prompts)
+        scores = scores_by_name({name: reward}, images, prompts)
         for score in scores.values():
             if score.shape != (len(prompts),):
                 raise ValueError(f"it returned the shape {tuple(score.shape)} for {len(prompts)} pictures")
@@ -623,23 +883,32 @@ def check_reward(name, reward, prompts, height, width, device, differentiable):
         raise UserError(f"the reward {name} can't be used: {one_line(error)}") from error
 
 
-def evaluate(generate, batches, trained, held_out, s1_radius):
+def evaluate(generate, batches, rewards, trained=None, s1_radius=0.0):
     """Score the pictures of `batches`. Returns ({name: mean}, images (N, 3, H, W) on the CPU).
 
-    generate: Batch -> images; trained: (name, reward), whose S1 is measured too; held_out: {name: reward}.
+    generate: Batch -> images; rewards: {name: function}; trained: the training reward, whose S1 is measured if given.
     """
-    totals, pictures = {}, []
+    totals, pictures = defaultdict(float), []
     for batch in batches:
         with torch.no_grad():
             images = generate(batch)
-            scores = {key: value for name, reward in [trained, *held_out.items()]
-                      for key, value in scores_by_name(name, reward, images, batch.prompts).items()}
-        scores["s1"] = reward_sharpness(trained[1], images, batch.prompts, s1_radius)
-        for key, value in scores.items():
-            totals[key] = totals.get(key, 0.0) + value.sum().item()
+            scores = scores_by_name(rewards, images, batch.prompts)
+        if trained:
+            scores["s1"] = reward_sharpness(trained, images, batch.prompts, s1_radius)
+        for name, score in scores.items():
+            totals[name] += score.sum().item()
         pictures.append(images.cpu())
     pictures = torch.cat(pictures)
-    return {key: total / len(pictures) for key, total in totals.items()}, pictures
+    return {name: total / len(pictures) for name, total in totals.items()}, pictures
+
+
+def is_hacking(trained, held_out, patience=3):
+    """The alarm: over the last `patience` evaluations in a row the training reward rose and the held-out score fell.
+
+    trained, held_out: the two scores at each evaluation so far, equally long lists.
+    """
+    pairs = list(zip(trained, held_out))[-patience - 1:]
+    return len(pairs) > patience and all(r1 > r0 and h1 < h0 for (r0, h0), (r1, h1) in zip(pairs, pairs[1:]))
 
 
 def save_grid(images, path, columns=4):
@@ -648,7 +917,7 @@ def save_grid(images, path, columns=4):
     images = images[:16]
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=1.0)
     rows = [torch.cat(list(row), dim=-1) for row in images.split(columns)]
-    factor = max(1, 128 // images.shape[-1])
+    factor = max(1, 128 // images.shape[-2])
     pixels = torch.cat(rows, dim=-2).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     Image.fromarray(pixels.permute(1, 2, 0).mul(255).round().byte().numpy()).save(path)
 
@@ -659,23 +928,33 @@ class RunStopped(Exception):
     """The run ended early; what it had is saved. `main` prints it as one line and exits with 1."""
 
 
+def reward_weights(config):
+    """{NAME: weight} of what is trained on: nothing with --evaluate. Without a weight it is 1."""
+    split = [text.rpartition("=") if re.fullmatch(r".+=-?[.\d]+", text) else (text, "", 1.0) for text in config.reward]
+    return {} if config.evaluate else {name: float(weight) for name, _, weight in split}
+
+
 def check(config):
     """Raise UserError for settings that can't work, as far as that can be told without loading anything."""
     def require(condition, message):
         if not condition:
             raise UserError(message)
 
-    may_be_zero = ("tiny", "noise", "sam", "weight_decay", "eval_every", "guidance_scale", "seed")
+    may_be_zero = ("tiny", "noise", "sam", "weight_decay", "eval_every", "guidance_scale", "seed", "stop_on_hacking",
+                   "tensorboard")
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)):
             require(0 <= value < math.inf and (value > 0 or name in may_be_zero),
                     f"--{name.replace('_', '-')} can't be {value}")
-    require(config.grad_steps <= config.sampling_steps <= 1000,
-            f"--sampling-steps {config.sampling_steps} must be at least --grad-steps {config.grad_steps}, at most 1000")
+    try:
+        METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
+    except ValueError as error:
+        raise UserError(f"--grad-steps {config.grad_steps}: {error}") from None
     require(config.batch_size % (config.micro_batch_size or 1) == 0,
             f"--micro-batch-size {config.micro_batch_size} does not divide --batch-size {config.batch_size}")
-    require(config.reward not in config.eval_reward, f"{config.reward} is trained on, so it can't be held out; "
-            "give another --eval-reward")
+    names = [short_name(name) for name in [*reward_weights(config), *config.eval_reward]]
+    require(len(set(names)) == len(names), f"a reward is named twice ({', '.join(names)}); what is trained on can't be "
+            "held out, give another --eval-reward")
     require(not config.models or Path(config.models).is_dir(), f"--models {config.models} is no folder")
     if config.device:
         kind = config.device.partition(":")[0]
@@ -686,6 +965,16 @@ def check(config):
         parent = next(p for p in (path, *path.parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: can't write to {parent}")
         require(parent != path or not any(path.iterdir()), f"--out {config.out} is not empty; name a new folder")
+    if config.evaluate:
+        require(Path(config.evaluate, ADAPTER).is_file(), f"--evaluate {config.evaluate}: there is no {ADAPTER} in it")
+        require(config.eval_reward, "--evaluate needs the scores to judge by: --eval-reward")
+    require(config.eval_every or not config.stop_on_hacking, "--stop-on-hacking needs evaluations: --eval-every")
+    require(config.eval_reward or not config.stop_on_hacking, "--stop-on-hacking needs a held-out score: --eval-reward")
+    if config.tensorboard:
+        try:
+            import torch.utils.tensorboard
+        except ImportError:
+            raise UserError("--tensorboard needs a package that isn't here: pip install tensorboard") from None
 
 
 def read_prompts(path):
@@ -730,85 +1019,165 @@ def peak_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def train(config):
-    """One run, from settings to files. Raises UserError before anything is written, RunStopped after that."""
-    check(config)
-    prompts = read_prompts(config.prompts)
-    names = [config.reward, *config.eval_reward]
-    for name in names:
-        reward_files(name, config.models)
-    model = find_model(config.model)
-    latent_shape, height, width = model_size(model, config.height, config.width)
-    device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
+class Run:
+    """What training and judging share: checked settings, prompts, rewards, the model, and the folder for the results.
 
-    print(f"loading {', '.join(names)} and {config.model}".replace(f"{HERE}{os.sep}", ""), flush=True)
-    versions = quiet_libraries()
-    made = {name: make_reward(name, config.models, device) for name in sorted(names, key=REWARDS.__contains__)}
-    for name in names:  # a model takes any prompt; a function of your own may not, so it is shown all of them
-        check_reward(name, made[name], prompts[:1] if name in REWARDS else prompts, height, width, device,
-                     differentiable=name == config.reward)
-    reward, rewards = made[config.reward], {name: made[name] for name in config.eval_reward}
-    pipe = load_pipeline(model, getattr(torch, config.dtype), device)
-    generate = make_generate(pipe, config.sampling_steps, config.guidance_scale, latent_shape)
-    params = add_lora(pipe.unet, config.rank, named_generator(config.seed, "lora"))
+    Raises UserError before anything is written.
+    """
+
+    def __init__(self, config):
+        check(config)
+        self.config, self.prompts = config, read_prompts(config.prompts)
+        eval_prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self.prompts
+        self.weights = reward_weights(config)
+        names = [*self.weights, *config.eval_reward]
+        for name in names:
+            reward_files(name, config.models)
+        model = find_model(config.model)
+        latent_shape, height, width = model_size(model, config.height, config.width)
+        self.device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
+
+        print(f"loading {', '.join(names)} and {config.model}".replace(f"{HERE}{os.sep}", ""), flush=True)
+        versions = quiet_libraries()
+        made = {name: make_reward(name, config.models, self.device)
+                for name in sorted(names, key=REWARDS.__contains__)}  # the reader's own first: they fail fastest
+        self.rewards = {name: made[name] for name in names}
+        for name in names:  # a model takes any prompt; a function of your own may not, so it is shown all of them
+            shown = list(dict.fromkeys(self.prompts + eval_prompts))[:1 if name in REWARDS else None]
+            check_reward(name, made[name], shown, height, width, self.device, differentiable=name in self.weights)
+        self.pipe = load_pipeline(model, getattr(torch, config.dtype), self.device)
+        self.generate = make_generate(self.pipe, config.sampling_steps, config.guidance_scale, latent_shape)
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.evaluation = evaluation_batches(eval_prompts, config.eval_images, self.micro_batch_size, self.device)
+        self.settings = {**asdict(config), "height": height, "width": width, "device": self.device, **versions}
+
+    def reward(self, images, prompts):
+        """What is maximised: the weighted sum of the training rewards, (B,)."""
+        return sum(weight * self.rewards[name](images, prompts) for name, weight in self.weights.items())
+
+    def evaluate(self):
+        sampling = Plan((False,) * self.config.sampling_steps)
+        return evaluate(lambda batch: self.generate(batch, sampling), self.evaluation, self.rewards,
+                        self.reward if self.weights else None, S1_RADIUS_TINY if self.config.tiny else S1_RADIUS)
+
+    def make_out(self):
+        self.out = make_out(self.config.out)
+        text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
+        (self.out / "config.json").write_text(text + "\n")
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.out)
+
+    def write(self, record):
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.config.tensorboard:
+            for name, value in record.items():
+                self.board.add_scalar(("eval/" if "eval" in record else "train/") + name, value, record["step"])
+
+
+def train(config):
+    """Tune the model. Raises UserError before anything is written, RunStopped after that."""
+    run = Run(config)
+    params = add_lora(run.pipe.unet, config.rank, named_generator(config.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=config.weight_decay, maximize=True)
-    plan, sampling = draft(config.sampling_steps, config.grad_steps), draft(config.sampling_steps, K=0)
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    evaluation = evaluation_batches(prompts, config.eval_images, micro_batch_size, device)
 
-    from safetensors.torch import save_file
+    def make_plan(update):
+        rng = named_generator(config.seed, update, "plan")
+        return METHODS[config.method](config.sampling_steps, rng, config.grad_steps)
+
+    plan = make_plan(0)
+    calls = config.batch_size * (2 if config.guidance_scale > 1 else 1) * (2 if config.sam else 1)
+    print(f"{run.device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; the first update takes "
+          f"{calls * plan.grad.count(False)} network evaluations without gradient, "
+          f"{calls * (plan.grad.count(True) + plan.renoised)} with")
+    if not config.eval_reward:
+        print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
+    run.make_out()
     from tqdm import tqdm
-    out = make_out(config.out)
-    settings = {**asdict(config), "height": height, "width": width, "device": device, "out": str(out)}
-    (out / "config.json").write_text(json.dumps({**settings, **versions}, indent=1))
-
-    def write(record):
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+    progress = tqdm(range(1, config.train_steps + 1), unit="update")
+    history, trained, held_out, alarms = [], [], [], []
 
     def evaluate_now(step):
-        scores, pictures = evaluate(lambda batch: generate(batch, sampling), evaluation, (config.reward, reward),
-                                    rewards, S1_RADIUS_TINY if config.tiny else S1_RADIUS)
-        write({"eval": True, "step": step, **scores})
-        save_grid(pictures, out / "samples" / f"step_{step:06d}.png")
-        return scores
-
-    calls = config.batch_size * (2 if config.guidance_scale > 1 else 1) * (2 if config.sam else 1)
-    print(f"{device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; network evaluations per "
-          f"update: {calls * plan.grad.count(False)} without gradient, {calls * plan.grad.count(True)} with")
-    if not rewards:
-        print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
+        scores, pictures = run.evaluate()
+        save_grid(pictures, run.out / "samples" / f"step_{step:06d}.png")
+        history.append(scores)
+        trained.append(sum(weight * scores[short_name(name)] for name, weight in run.weights.items()))
+        if config.eval_reward:
+            judge = next(name for name in scores if name.startswith(short_name(config.eval_reward[0])))
+            held_out.append(scores[judge])
+            if held_out[-1] == max(held_out) and held_out.count(held_out[-1]) == 1:
+                save_lora(run.pipe.unet, run.out / "best")
+                (run.out / "best" / "best.json").write_text(json.dumps({"step": step, judge: scores[judge]}) + "\n")
+        if is_hacking(trained, held_out):
+            alarms.append(step)
+            progress.set_description("ALARM: reward hacking")
+        run.write({"eval": True, "step": step, **scores, "alarm": step in alarms})
 
     try:
-        before = after = evaluate_now(0) if config.eval_every else {}
-        progress = tqdm(range(1, config.train_steps + 1), unit="update")
+        if config.eval_every:
+            evaluate_now(0)
         for step in progress:
-            start = time.perf_counter()
-            chosen = training_prompts(prompts, config.seed, step - 1, config.batch_size)
-            batches = micro_batches(chosen, (config.seed, step - 1), micro_batch_size, device)
-            record = rsaft_gradient(batches, lambda batch: generate(batch, plan), reward, params, config.noise,
+            start, plan = time.perf_counter(), make_plan(step - 1)
+            prompts = training_prompts(run.prompts, config.seed, step - 1, config.batch_size)
+            batches = micro_batches(prompts, (config.seed, step - 1), run.micro_batch_size, run.device)
+            record = rsaft_gradient(batches, lambda batch: run.generate(batch, plan), run.reward, params, config.noise,
                                     config.sam, config.noise_draws if config.noise_type == "gaussian" else 0)
             record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
             if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
-                raise RunStopped(f"update {step} has no finite gradient ({record}); the adapter before it is in {out}")
+                raise RunStopped(f"update {step} has no finite gradient: {record}; the last good adapter is in {run.out}")
             optimizer.step()
             record["seconds"] = time.perf_counter() - start
-            write({"step": step, **record, "peak_gb": peak_gb(device)})
+            run.write({"step": step, **record, "peak_gb": peak_gb(run.device)})
             progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
             if config.eval_every and (step % config.eval_every == 0 or step == config.train_steps):
-                after = evaluate_now(step)
+                evaluate_now(step)
+                if config.stop_on_hacking and alarms:
+                    break
     except KeyboardInterrupt:
-        raise RunStopped(f"stopped by hand; the adapter as it was then is in {out}") from None
+        raise RunStopped(f"stopped by hand; the adapter as it was then is in {run.out}") from None
     finally:
-        save_file(lora_state_dict(pipe.unet), out / "pytorch_lora_weights.safetensors")
+        progress.close()
+        save_lora(run.pipe.unet, run.out)
 
-    if before:
-        print(f"\n{'':>20}{'before':>10}{'after':>10}{'change':>10}")
-    for name in before:
-        role = {config.reward.rpartition(":")[2]: "trained on", "s1": "sharpness of the reward"}.get(name, "held out")
-        print(f"{name:>20}{before[name]:10.3f}{after[name]:10.3f}{after[name] - before[name]:+10.3f}  {role}")
-    print(f"nothing was held out\n" * (not rewards) + f"adapter, log.jsonl, config.json and samples/ are in {out}")
+    print()
+    if history:
+        roles = {short_name(name): "trained on" for name in run.weights} | {"s1": "sharpness"}
+        rows = {f"{name} ({roles.get(name, 'held out')})": [scores[name] for scores in (history[0], history[-1])]
+                for name in history[0]}
+        print_table(["before", "after", "change"], {name: [a, b, b - a] for name, (a, b) in rows.items()})
+    if held_out:
+        print(f"best {(run.out / 'best' / 'best.json').read_text().strip()}")
+    print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell" if alarms
+          else "no alarm" if held_out else "nothing was held out, so reward hacking could not be seen")
+    print(f"adapter, log.jsonl, config.json and samples/ are in {run.out}")
+
+
+def judge(config):
+    """Score a saved adapter at several scales, beside the base model (scale 0). Raises UserError."""
+    run = Run(config)
+    load_lora(run.pipe.unet, config.evaluate)
+    run.make_out()
+    rows, base = {}, None
+    for scale in (0.0, *config.lora_scale):
+        with lora_scale(run.pipe.unet, scale):
+            scores, pictures = run.evaluate()
+        base = pictures if base is None else base
+        save_grid(torch.cat([base, pictures], dim=-1), run.out / "samples" / f"scale_{scale:g}.png")
+        run.write({"eval": True, "step": 0, "lora_scale": scale, **scores})
+        rows[f"scale {scale:g}" if scale else "base model"] = scores.values()
+    print_table(scores, rows)
+    print(f"pairs of pictures, the base model's on the left, and log.jsonl are in {run.out}")
+
+
+def print_table(columns, rows):
+    """A table of numbers: column names, and {row name: numbers}."""
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in columns))
+    for name, values in rows.items():
+        print(f"{name:>{width}}" + "".join(f"{value:{max(12, len(column) + 2)}.3f}"
+                                           for column, value in zip(columns, values)))
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
@@ -828,16 +1197,25 @@ def parse(argv=None):
         if setting.type is bool:
             options = {"action": "store_true", **setting.metadata}
         elif setting.default not in (None, ()):
-            options["help"] += f" (default: {setting.default})".replace(f"{HERE}{os.sep}", "")
+            shown = setting.default[0] if isinstance(setting.default, tuple) else setting.default
+            options["help"] += f" (default: {shown})".replace(f"{HERE}{os.sep}", "")
         parser.add_argument("--" + setting.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    return Config(**{**(TINY if "tiny" in given else {}), **given})
+    defaults = TINY if "tiny" in given else {}
+    if "evaluate" in given:  # judge the adapter on the model and the sampler that it was trained with
+        with contextlib.suppress(OSError, ValueError):
+            saved = json.loads(Path(given["evaluate"], "config.json").read_text())
+            kept = ("model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale", "height",
+                    "width", "micro_batch_size", "eval_images")
+            defaults = {**{name: saved[name] for name in kept}, **defaults}
+    return Config(**{**defaults, **given})
 
 
 def main(argv=None):
     """Run a command line. Returns the exit code: 0, 2 for what the user can put right, 1 for a run that stopped."""
     try:
-        train(parse(argv))
+        config = parse(argv)
+        (judge if config.evaluate else train)(config)
         return 0
     except (UserError, RunStopped) as error:
         print(f"rsaft.py: {error}", file=sys.stderr)

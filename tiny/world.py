@@ -106,10 +106,10 @@ def oracle(images, prompts):
     """What pictures are truly worth for their prompts. Not differentiable: it judges, it can't be trained on.
 
     images: (B, 3, 32, 32) in [0, 1]; prompts: B captions of this world.
-    Returns {"rmse": (B,), "accuracy": (B,)}: the distance to the nearest clean rendering of the prompted caption
-    (lower is better; a picture from `sample` has about 0.045), and 1 where no other caption is nearer, else 0.
+    Returns {"accuracy": (B,), "rmse": (B,)}: 1 where no other caption is nearer than the prompted one, else 0, and the
+    distance to the nearest clean rendering of the prompted caption (lower is better; `sample`'s have about 0.045).
     Raises ValueError for a prompt or a size that is not of this world.
     """
     captions, error = parse(prompts), distances(images)
-    return {"rmse": error[torch.arange(len(captions)), captions],
-            "accuracy": (error.argmin(1) == captions).float()}
+    return {"accuracy": (error.argmin(1) == captions).float(),
+            "rmse": error[torch.arange(len(captions)), captions]}

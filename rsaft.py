@@ -381,9 +381,9 @@ def hpsv2(files, device):
 
 def linear_head(state):
     """The five linear layers, with nothing between them, that end ImageReward and the aesthetic predictor."""
-    head = nn.Sequential(*[nn.Linear(*state[f"layers.{i}.weight"].shape[::-1]) for i in (0, 2, 4, 6, 7)])
-    head.load_state_dict(renamed(state, [(rf"^layers\.{i}\.", f"{k}.") for k, i in enumerate((0, 2, 4, 6, 7))]))
-    return head
+    layers = nn.ModuleDict({i: nn.Linear(*state[f"layers.{i}.weight"].shape[::-1]) for i in "02467"})
+    nn.ModuleDict({"layers": layers}).load_state_dict(state)
+    return nn.Sequential(*layers.values())
 
 
 BLIP_VISION = (  # ImageReward's names to those of transformers' BlipVisionModel

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import rsaft
@@ -142,6 +143,105 @@ def test_the_gradient_of_the_rollout_agrees_with_finite_differences(K):
     assert_close(gradient, differences, rtol=1e-6, atol=1e-6)
 
 
+def plans(method, T, K=None, count=300):
+    return [rsaft.METHODS[method](T, rsaft.named_generator(i), K) for i in range(count)]
+
+
+def test_the_plans_are_those_of_the_publications():
+    """T = 20. Which network calls carry a gradient, and where the rollout stops, over many draws."""
+    on = [[i for i, carries in enumerate(plan.grad) if carries] for plan in plans("alignprop", 20)]
+    assert {len(steps) for steps in on} == set(range(1, 21)) and all(steps[-1] == 19 for steps in on)
+
+    for plan in plans("refl", 20):
+        assert plan.predict_x0 and plan.grad == (False,) * (len(plan.grad) - 1) + (True,)
+    assert {len(plan.grad) - 1 for plan in plans("refl", 20)} == {15, 16, 17, 18, 19}
+
+    chosen = set()
+    for plan in plans("drtune", 50):
+        steps = [i for i, carries in enumerate(plan.grad) if carries]
+        assert plan.predict_x0 and plan.detach_input and len(steps) == 5
+        assert len({b - a for a, b in zip(steps, steps[1:])}) == 1 and steps[1] - steps[0] == len(plan.grad) // 5
+        chosen.add((len(plan.grad) - 1, steps[0]))
+    assert {stop for stop, _ in chosen} == set(range(30, 50)) and {offset for _, offset in chosen} == set(range(10))
+
+    lv, = {*plans("draft-lv", 20)}
+    assert lv == rsaft.Plan((False,) * 19 + (True,), renoised=2)
+    assert {*plans("draft", 20)} == {rsaft.Plan((False,) * 19 + (True,))}
+    for method in rsaft.METHODS:                                       # --grad-steps overrides K
+        assert {sum(plan.grad) for plan in plans(method, 20, K=3)} == {3}
+        with pytest.raises(ValueError):
+            plans(method, 20, K=21)
+        assert all(any(plan.grad) for T in range(1, 12) for plan in plans(method, T, count=20))
+
+
+@pytest.mark.parametrize("method", ["alignprop", "refl", "drtune"])
+@pytest.mark.parametrize("draw", range(3))
+def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression(method, draw):
+    """By finite differences in float64 of an expression written out by hand: where the plan wants no gradient the
+    parameters are held fixed, and with detach_input the network's inputs are the constants of the first rollout."""
+    T = 10
+    steps, plan = toy_steps(T), rsaft.METHODS[method](T, rsaft.named_generator(method, draw), None)
+    xT, start = normal(1, *LATENT, dtype=torch.float64), torch.tensor([0.7, 0.3], dtype=torch.float64)
+
+    def by_hand(theta, inputs=None):
+        x, seen = xT, []
+        for i, step in enumerate(steps[:len(plan.grad)]):
+            a, b = theta if plan.grad[i] else start
+            seen.append(x)
+            f = torch.tanh(a * (inputs[i] if inputs else x) + b * step.t / 1000)
+            last = plan.predict_x0 and i == len(plan.grad) - 1
+            x = step.c * x + step.d * f if last else step.a * x + step.b * f
+        return x.sin().sum(), seen
+
+    constants = by_hand(start)[1] if plan.detach_input else None
+    theta = start.clone().requires_grad_()
+    x0 = rsaft.rollout(toy_denoise(theta), xT, steps, plan)
+    gradient, = torch.autograd.grad(x0.sin().sum(), theta)
+    shifts = 1e-6 * torch.eye(2, dtype=torch.float64)
+    differences = [(by_hand(start + h, constants)[0] - by_hand(start - h, constants)[0]) / 2e-6 for h in shifts]
+    assert_close(x0.sin().sum(), by_hand(start)[0])
+    assert_close(gradient, torch.stack(differences), rtol=1e-5, atol=1e-6)
+
+
+def test_renoising_undoes_itself_when_the_noise_is_known_and_gives_x0_no_gradient():
+    step, noise = toy_steps(10)[-1], normal(2, *LATENT, seed=1)
+    x0 = normal(2, *LATENT).requires_grad_()
+    theta = torch.ones((), requires_grad=True)
+    again = rsaft.renoise(lambda x, t: theta * noise, x0, step, noise)
+    assert_close(again, x0)
+    again.sum().backward()
+    assert x0.grad is None and theta.grad != 0
+
+
+@pytest.mark.parametrize("method", ["draft-lv", "alignprop", "refl", "drtune"])
+def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tmp_path, monkeypatch, method):
+    taken, rollout = [], rsaft.rollout
+
+    def watched(denoise, x, steps, plan):
+        taken.append((plan, x))
+        return rollout(denoise, x, steps, plan)
+
+    monkeypatch.setattr(rsaft, "rollout", watched)
+    assert small(tmp_path / "out", "--method", method, "--sam", "--eval-every", "0", "--sampling-steps", "12",
+                 "--train-steps", "6") == 0
+    assert len(taken) == 12
+    for (first, x), (second, y) in zip(taken[::2], taken[1::2]):
+        assert first == second and torch.equal(x, y)
+    if method != "draft-lv":
+        assert len({plan for plan, _ in taken}) > 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--noise"], ["--sam"], ["--noise", "--sam"]])
+@pytest.mark.parametrize("method", ["draft", "draft-lv", "alignprop", "refl", "drtune"])
+def test_every_method_runs_with_every_perturbation(tmp_path, method, flags):
+    assert small(tmp_path / "out", "--method", method, "--eval-every", "0", "--train-steps", "2", *flags) == 0
+    for record in records(tmp_path / "out"):
+        assert record["grad_norm"] > 0
+        assert ("noise_norm" in record, "sam_norm" in record) == ("--noise" in flags, "--sam" in flags)
+        if "--noise" in flags:
+            assert record["noise_fall_measured"] == pytest.approx(record["noise_fall_predicted"], rel=0.2)
+
+
 def test_the_gradient_goes_through_both_branches_of_the_guidance(pipe):
     params = rsaft.add_lora(pipe.unet, 2, torch.Generator().manual_seed(0))
     x, embeds = normal(1, *LATENT), normal(2, 1, 16, 64)
@@ -159,7 +259,7 @@ def test_the_gradient_goes_through_both_branches_of_the_guidance(pipe):
 
 def test_pixels_are_resized_as_clip_resizes_8_bit_pictures():
     from PIL import Image
-    coarse = torch.nn.functional.interpolate(normal(1, 3, 20, 30).sigmoid(), (300, 450), mode="bicubic").clamp(0, 1)
+    coarse = F.interpolate(normal(1, 3, 20, 30).sigmoid(), (300, 450), mode="bicubic").clamp(0, 1)
     picture = Image.fromarray((coarse[0].permute(1, 2, 0) * 255).round().byte().numpy())
     resized = picture.resize((336, 224), Image.BICUBIC).crop((56, 0, 280, 224))
     expected = torch.tensor(list(resized.tobytes())).view(224, 224, 3).permute(2, 0, 1) / 255
@@ -202,6 +302,256 @@ def test_the_gradient_of_the_reward_agrees_with_finite_differences(pickscore, pi
 def test_the_weights_of_a_reward_are_frozen(pickscore, pictures):
     images, prompts = pictures
     assert not pickscore(images, prompts).requires_grad
+
+
+class Block(torch.nn.Module):
+    """A transformer block under open_clip's names."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.attn = torch.nn.MultiheadAttention(width, 16, batch_first=True)
+        self.mlp = torch.nn.Sequential()
+        self.mlp.add_module("c_fc", torch.nn.Linear(width, hidden))
+        self.mlp.add_module("gelu", torch.nn.GELU())
+        self.mlp.add_module("c_proj", torch.nn.Linear(hidden, width))
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+def blocks(count, width, hidden):
+    tower = torch.nn.Module()
+    tower.resblocks = torch.nn.ModuleList(Block(width, hidden) for _ in range(count))
+    return tower
+
+
+class OpenClip(torch.nn.Module):
+    """CLIP as open_clip has it, in names and formula: its state_dict is the original layout of HPSv2."""
+
+    def __init__(self, words, tokens, size=32, patch=8, text=32, image=48, joint=24):
+        super().__init__()
+        self.patch = patch
+        parameter = lambda *shape: torch.nn.Parameter(0.1 * torch.randn(shape))
+        self.positional_embedding, self.text_projection = parameter(tokens, text), parameter(text, joint)
+        self.logit_scale, self.token_embedding = parameter(), torch.nn.Embedding(words, text)
+        self.transformer, self.ln_final = blocks(2, text, 64), torch.nn.LayerNorm(text)
+        self.visual = torch.nn.Module()
+        self.visual.class_embedding, self.visual.proj = parameter(image), parameter(image, joint)
+        self.visual.positional_embedding = parameter((size // patch) ** 2 + 1, image)
+        self.visual.conv1 = torch.nn.Conv2d(3, image, patch, patch, bias=False)
+        self.visual.ln_pre, self.visual.ln_post = torch.nn.LayerNorm(image), torch.nn.LayerNorm(image)
+        self.visual.transformer = blocks(2, image, 96)
+
+    def forward(self, ids, pixels):
+        v = self.visual
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+        x = v.ln_pre(x)
+        for block in v.transformer.resblocks:
+            x = block(x)
+        image = v.ln_post(x[:, 0]) @ v.proj
+        y = self.token_embedding(ids) + self.positional_embedding
+        causal = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
+        for block in self.transformer.resblocks:
+            y = block(y, causal)
+        text = self.ln_final(y)[torch.arange(len(ids)), ids.argmax(1)] @ self.text_projection
+        return torch.cosine_similarity(text, image)
+
+
+def linear_layers(sizes, prefix=""):
+    """The flat dictionary of ImageReward's and the aesthetic predictor's heads."""
+    return {f"{prefix}layers.{i}.{part}": 0.3 * torch.randn(*([b, a] if part == "weight" else [b]))
+            for i, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:]) for part in ("weight", "bias")}
+
+
+def apply_head(state, x, prefix=""):
+    for i in 0, 2, 4, 6, 7:
+        x = x @ state[f"{prefix}layers.{i}.weight"].T + state[f"{prefix}layers.{i}.bias"]
+    return x[:, 0]
+
+
+def imagereward_state(words, width=24, image=32, patch=8):
+    """A flat dictionary with the names of ImageReward.pt, one layer in each tower."""
+    shapes = {"visual_encoder.cls_token": (1, 1, image), "visual_encoder.pos_embed": (1, 17, image),
+              "visual_encoder.patch_embed.proj.weight": (image, 3, patch, patch), "vision_proj.weight": (8, image),
+              "text_proj.weight": (8, width), "text_encoder.embeddings.word_embeddings.weight": (words, width),
+              "text_encoder.embeddings.position_embeddings.weight": (40, width)}
+    linear = {"visual_encoder.blocks.0.attn.qkv": (3 * image, image),
+              "visual_encoder.blocks.0.attn.proj": (image, image),
+              "visual_encoder.blocks.0.mlp.fc1": (64, image), "visual_encoder.blocks.0.mlp.fc2": (image, 64),
+              "text_encoder.encoder.layer.0.intermediate.dense": (48, width),
+              "text_encoder.encoder.layer.0.output.dense": (width, 48)}
+    for attention, inner in ("attention", width), ("crossattention", image):
+        for part in "query", "key", "value":
+            columns = width if part == "query" else inner
+            linear[f"text_encoder.encoder.layer.0.{attention}.self.{part}"] = (width, columns)
+        linear[f"text_encoder.encoder.layer.0.{attention}.output.dense"] = (width, width)
+    norms = {"visual_encoder.norm": image, "visual_encoder.blocks.0.norm1": image,
+             "visual_encoder.blocks.0.norm2": image,
+             "text_encoder.embeddings.LayerNorm": width, "text_encoder.encoder.layer.0.output.LayerNorm": width,
+             "text_encoder.encoder.layer.0.attention.output.LayerNorm": width,
+             "text_encoder.encoder.layer.0.crossattention.output.LayerNorm": width}
+    shapes |= {f"{name}.weight": shape for name, shape in linear.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    shapes |= {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    shapes |= {"visual_encoder.patch_embed.proj.bias": (image,)}
+    state = {f"blip.{name}": 0.3 * torch.randn(*shape) for name, shape in shapes.items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    return state | linear_layers((width, 16, 8, 8, 4, 1), "mlp.")
+
+
+def attend(q, k, v, heads, mask=0):
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def imagereward_by_hand(state, ids, attention_mask, pixels):
+    """BLIP's two towers and ImageReward's head, written out on the original names."""
+    def line(x, name):
+        return x @ state[f"blip.{name}.weight"].T + state[f"blip.{name}.bias"]
+
+    def norm(x, name, eps):
+        return F.layer_norm(x, x.shape[-1:], state[f"blip.{name}.weight"], state[f"blip.{name}.bias"], eps)
+
+    gelu, v, t = F.gelu, "visual_encoder", "text_encoder"
+    x = F.conv2d(pixels, state[f"blip.{v}.patch_embed.proj.weight"], state[f"blip.{v}.patch_embed.proj.bias"], stride=8)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([state[f"blip.{v}.cls_token"].expand(len(x), -1, -1), x], 1) + state[f"blip.{v}.pos_embed"]
+    y = norm(x, f"{v}.blocks.0.norm1", 1e-6)
+    x = x + line(attend(*line(y, f"{v}.blocks.0.attn.qkv").chunk(3, -1), heads=16), f"{v}.blocks.0.attn.proj")
+    y = norm(x, f"{v}.blocks.0.norm2", 1e-6)
+    x = norm(x + line(gelu(line(y, f"{v}.blocks.0.mlp.fc1")), f"{v}.blocks.0.mlp.fc2"), f"{v}.norm", 1e-6)
+
+    h = (state[f"blip.{t}.embeddings.word_embeddings.weight"][ids]
+         + state[f"blip.{t}.embeddings.position_embeddings.weight"][:ids.shape[1]])
+    h = norm(h, f"{t}.embeddings.LayerNorm", 1e-12)
+    padding = torch.where(attention_mask.bool(), 0.0, float("-inf"))[:, None, None]
+    for name, keys, mask in ("attention", None, padding), ("crossattention", x, 0):
+        layer = f"{t}.encoder.layer.0.{name}"
+        q, k, w = (line(h if part == "query" or keys is None else keys, f"{layer}.self.{part}")
+                   for part in ("query", "key", "value"))
+        h = norm(h + line(attend(q, k, w, 12, mask), f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
+    layer = f"{t}.encoder.layer.0"
+    inner = gelu(line(h, f"{layer}.intermediate.dense"))
+    h = norm(h + line(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
+    return (apply_head(state, h[:, 0], "mlp.") - 0.16717362830052426) / 1.0333394966054072
+
+
+@pytest.fixture
+def originals(tmp_path, monkeypatch):
+    """A --models folder with every reward in its original layout, small, and the formula that each must agree with."""
+    import shutil
+    from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "pickscore")
+    for name in "pickscore", "clipscore", "aesthetic":
+        shutil.copytree(TINY / "pickscore", tmp_path / name)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, hidden_act="gelu")
+    monkeypatch.setattr(rsaft, "VIT_H", dict(
+        text_config={**text, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**text, "hidden_size": 48, "intermediate_size": 96, "patch_size": 8, "image_size": 32},
+        projection_dim=24))
+    monkeypatch.setattr(rsaft, "BLIP_LARGE", {**rsaft.BLIP_LARGE, "hidden_size": 32, "intermediate_size": 64,
+                                              "num_hidden_layers": 1, "image_size": 32, "patch_size": 8})
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+                                               *sorted(set(" ".join(PROMPTS).split()))])}
+    monkeypatch.setattr(rsaft, "BLIP_TEXT", {**rsaft.BLIP_TEXT, "vocab_size": len(words), "hidden_size": 24,
+                                             "encoder_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                                             "max_position_embeddings": 40})
+    clips = {}
+    for name, file in ("hpsv2", "HPS_v2_compressed.pt"), ("hpsv2.1", "HPS_v2.1_compressed.pt"):
+        clips[name] = OpenClip(len(tokenizer), 16).eval()
+        tokenizer.save_pretrained(tmp_path / name)
+        torch.save({"epoch": 1, "state_dict": clips[name].state_dict()}, tmp_path / name / file)
+    blip, head = imagereward_state(len(words)), linear_layers((64, 16, 8, 8, 4, 1))
+    bert = BertTokenizer(vocab=words)
+    bert.save_pretrained(tmp_path / "imagereward")
+    torch.save(blip, tmp_path / "imagereward" / "ImageReward.pt")
+    torch.save(head, tmp_path / "aesthetic" / "aesthetic-model.pth")
+    clip = CLIPModel.from_pretrained(TINY / "pickscore")
+
+    def ids(prompts):
+        return tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+
+    def aesthetic(pixels, prompts):
+        image = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+        return apply_head(head, image / image.norm(dim=-1, keepdim=True))
+
+    def imagereward(pixels, prompts):
+        tokens = bert(prompts, padding="max_length", max_length=35, return_tensors="pt")
+        return imagereward_by_hand(blip, tokens.input_ids, tokens.attention_mask, pixels)
+
+    def cosine(pixels, prompts):
+        output = clip(input_ids=ids(prompts), pixel_values=pixels)
+        return torch.cosine_similarity(output.text_embeds, output.image_embeds)
+
+    return tmp_path, {"hpsv2": lambda pixels, prompts: 100 * clips["hpsv2"](ids(prompts), pixels),
+                      "hpsv2.1": lambda pixels, prompts: 100 * clips["hpsv2.1"](ids(prompts), pixels),
+                      "imagereward": imagereward, "aesthetic": aesthetic,
+                      "clipscore": lambda pixels, prompts: 100 * cosine(pixels, prompts),
+                      "pickscore": lambda pixels, prompts: clip.logit_scale.exp() * cosine(pixels, prompts)}
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetic", "clipscore"])
+def test_every_reward_loads_from_its_original_files_and_agrees_with_its_formula(originals, pictures, name):
+    folder, formulas = originals
+    images, prompts = pictures
+    reward = rsaft.make_reward(name, folder)
+    with torch.no_grad():
+        expected = formulas[name](rsaft.clip_pixels(images, 32), prompts)
+    assert_close(reward(images, prompts), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 1e-3 * expected.abs().mean()                           # it tells pictures apart
+    _, gradient = rsaft.reward_gradient(reward, images, prompts)
+    step = rsaft.sample_perturbation(gradient, 0.005)
+    difference = (reward(images + step, prompts) - reward(images - step, prompts)) / 2
+    assert_close((gradient * step).flatten(1).sum(1), difference, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, file, key, named", [
+    ("hpsv2", "HPS_v2_compressed.pt", "visual.transformer.resblocks.1.ln_2.bias",
+     "vision_model.encoder.layers.1.layer_norm2.bias"),
+    ("imagereward", "ImageReward.pt", "blip.text_encoder.encoder.layer.0.crossattention.self.key.weight",
+     "encoder.layer.0.crossattention.self.key.weight"),
+    ("imagereward", "ImageReward.pt", "mlp.layers.6.bias", "layers.6.bias"),
+    ("aesthetic", "aesthetic-model.pth", "layers.4.weight", "layers.4.weight"),
+])
+def test_missing_and_surplus_keys_are_refused_by_name(originals, name, file, key, named):
+    folder, _ = originals
+    whole = torch.load(folder / name / file, weights_only=True)
+    state = whole.get("state_dict", whole)
+    tensor = state.pop(key)
+    torch.save(whole, folder / name / file)
+    with pytest.raises(rsaft.UserError, match=re.escape(named)):
+        rsaft.make_reward(name, folder)
+    state[key] = tensor
+    state[key + "_too_many"] = tensor
+    torch.save(whole, folder / name / file)
+    with pytest.raises(rsaft.UserError, match="too_many"):
+        rsaft.make_reward(name, folder)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(originals):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(originals[0] / "was_here"),)
+
+    torch.save({"state_dict": Evil()}, originals[0] / "hpsv2" / "HPS_v2_compressed.pt")
+    with pytest.raises(rsaft.UserError, match="hpsv2"):
+        rsaft.make_reward("hpsv2", originals[0])
+    assert not (originals[0] / "was_here").exists()
+
+
+def test_a_wide_picture_is_padded_for_hpsv2_and_cropped_for_clip():
+    wide = 0.2 + 0.6 * normal(1, 3, 16, 32).sigmoid()
+    mean, std = torch.tensor([rsaft.CLIP_MEAN, rsaft.CLIP_STD])[..., None, None]
+    padded = (rsaft.clip_pixels(wide, 32, pad=True) * std + mean)[0]
+    cropped = (rsaft.clip_pixels(wide, 16) * std + mean)[0]
+    assert_close(padded[:, 8:24], wide[0])
+    assert padded[:, :8].abs().max() < 1e-6 and padded[:, 24:].abs().max() < 1e-6
+    assert_close(cropped, wide[0, :, :, 8:24])
 
 
 # ---- The perturbations ---------------------------------------------------------------------------------------------
@@ -328,6 +678,27 @@ def test_gaussian_draws_take_the_mean_gradient_over_random_directions_of_norm_rh
     assert_close(gradient, toy.by_hand(0, 0) + (d.mean(0) * toy.xT).mean(0), rtol=1e-6, atol=1e-6)
 
 
+def test_with_several_pictures_of_a_prompt_each_has_its_own_d_and_the_gradient_is_the_mean_over_all():
+    """As in DRaFT-LV. The logged reward is that of the first picture of each prompt."""
+    toy, factors = Toy(micro_batch_size=2), (1.0, 0.5, 2.0)
+
+    def three(batch):
+        return torch.cat([factor * Toy.generate(toy, batch) for factor in factors])
+
+    for batch in toy.batches:
+        assert len(three(batch)) == 6
+    log = rsaft.rsaft_gradient(toy.batches, three, toy.reward, [toy.theta], rho=0.1)
+    theta, expected, fall = toy.theta.detach(), 0, 0
+    for factor in factors:
+        g = toy.target - factor * theta * toy.xT
+        d = -0.1 * g / g.flatten(1).norm(dim=1).view(4, 1, 1, 1)
+        expected = expected + ((g - d) * factor * toy.xT).mean(0) / 3
+        fall += 0.1 * g.flatten(1).norm(dim=1).mean().item() / 3
+    assert_close(toy.theta.grad, expected, rtol=1e-9, atol=1e-9)
+    assert log["noise_fall_predicted"] == pytest.approx(fall) and log["noise_norm"] == pytest.approx(0.1)
+    assert log["reward"] == pytest.approx(toy.reward(theta * toy.xT, None).mean().item())
+
+
 def test_both_passes_see_the_same_noise_prompts_and_plan(pipe, pickscore):
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate, seen = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
@@ -335,7 +706,7 @@ def test_both_passes_see_the_same_noise_prompts_and_plan(pipe, pickscore):
     def watched(batch):
         with torch.no_grad():
             seen.append((batch.prompts, batch.noise("xT", LATENT)))
-        return generate(batch, rsaft.draft(4, None, 1))
+        return generate(batch, rsaft.draft(4, None))
 
     rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:4], (0, 0), 2), watched, pickscore, params, 0.01, 0.01)
     assert len(seen) == 4                                                         # two micro-batches, two passes
@@ -347,8 +718,8 @@ def test_radius_0_is_the_plain_gradient_bit_for_bit(pipe, pickscore):
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
-    rsaft.rsaft_gradient([batch], lambda b: generate(b, rsaft.draft(4, None, 1)), pickscore, params, rho=0.0, rho_w=0.0)
-    mean_reward = pickscore(generate(batch, rsaft.draft(4, None, 1)), batch.prompts).mean()
+    rsaft.rsaft_gradient([batch], lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho=0.0, rho_w=0.0)
+    mean_reward = pickscore(generate(batch, rsaft.draft(4, None)), batch.prompts).mean()
     for p, plain in zip(params, torch.autograd.grad(mean_reward, params)):
         assert torch.equal(p.grad, plain)
 
@@ -359,7 +730,7 @@ def test_splitting_the_batch_changes_nothing_but_rounding(pipe, pickscore, rho, 
     generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
     for size in 1, 2, 4:
         batches = rsaft.micro_batches(PROMPTS[:4], (0, 0), size)
-        log = rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None, 1)), pickscore, params, rho, rho_w)
+        log = rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho, rho_w)
         results.append((log, torch.cat([p.grad.flatten() for p in params])))
     for log, gradient in results[1:]:
         assert (gradient - results[0][1]).norm() < 1e-3 * results[0][1].norm()
@@ -370,8 +741,8 @@ def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(pipe, 
     """With K < T the second rollout moves the first T - K steps too, and the reward falls further than predicted."""
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
-    log = rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:8], (0, 0), 8), lambda b: generate(b, rsaft.draft(4, None, 4)),
-                               pickscore, params, rho_w=0.01)
+    log = rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:8], (0, 0), 8),
+                               lambda batch: generate(batch, rsaft.draft(4, None, K=4)), pickscore, params, rho_w=0.01)
     assert log["sam_norm"] == pytest.approx(0.01, rel=1e-4)
     assert log["sam_fall_measured"] == pytest.approx(log["sam_fall_predicted"], rel=0.2)
 
@@ -405,7 +776,7 @@ def test_every_adapter_receives_gradient_after_the_second_update(pipe, pickscore
     optimizer = torch.optim.AdamW(params, lr=1e-3, maximize=True)
     for update in range(2):
         batches = rsaft.micro_batches(PROMPTS[:4], (0, update), 4)
-        rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None, 1)), pickscore, params, rho, rho_w)
+        rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho, rho_w)
         if update == 0 and rho_w == 0:       # B starts at 0, so A's first gradient is 0 (unless sam has moved B)
             assert all((p.grad != 0).any() == (i % 2 == 1) for i, p in enumerate(params))
         optimizer.step()
@@ -562,6 +933,82 @@ def test_without_a_held_out_score_the_run_says_so(tmp_path, capsys):
     assert capsys.readouterr().out.count("nothing") >= 2
 
 
+def test_two_rewards_are_mixed_as_a_weighted_sum_and_both_are_logged(tmp_path):
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    mixture = ["pickscore=0.5", f"{tmp_path}/mine.py:brightness=-3"]
+    assert small(tmp_path / "mixed", "--reward", *mixture, "--eval-every", "1", "--learning-rate", "1e-9") == 0
+    assert small(tmp_path / "one", "--reward", "pickscore", "--eval-every", "0", "--learning-rate", "1e-9") == 0
+    assert small(tmp_path / "two", "--reward", mixture[1][:-3], "--eval-every", "0", "--learning-rate", "1e-9") == 0
+    assert {"pickscore", "brightness"} <= records(tmp_path / "mixed", evaluations=True)[0].keys()
+    mixed, one, two = (records(tmp_path / name)[0]["reward"] for name in ("mixed", "one", "two"))
+    assert mixed == pytest.approx(0.5 * one - 3 * two, rel=1e-5)
+
+
+def test_the_alarm_needs_three_evaluations_in_a_row_with_the_reward_up_and_the_judge_down():
+    rising = [1, 2, 3, 4, 5]
+    assert rsaft.is_hacking(rising, [9, 9, 8, 7, 6]) and rsaft.is_hacking(rising[:4], [4, 3, 2, 1])
+    assert not rsaft.is_hacking(rising[:3], [4, 3, 2])                             # too early to tell
+    assert not rsaft.is_hacking(rising, [9, 8, 7, 6, 7])                           # the judge recovered
+    assert not rsaft.is_hacking(rising, [5, 6, 7, 6, 5])                           # only two in a row
+    assert not rsaft.is_hacking([1, 2, 3, 2, 5], [9, 8, 7, 6, 5])                  # the reward fell as well
+    assert not rsaft.is_hacking(rising, [1, 2, 3, 4, 5]) and not rsaft.is_hacking([], [])
+
+
+JUDGED = ["--tiny", "--batch-size", "16", "--eval-images", "36", "--eval-every", "3", "--sampling-steps", "5"]
+
+
+def test_a_run_made_to_be_fooled_raises_the_alarm_and_stops_and_keeps_its_best_adapter(tmp_path, capsys):
+    from safetensors.torch import load_file
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    assert rsaft.main([*JUDGED, "--train-steps", "40", "--learning-rate", "5e-3", "--stop-on-hacking", "--reward",
+                       f"{tmp_path}/mine.py:brightness", "--out", str(tmp_path / "out")]) == 0
+    evaluations = records(tmp_path / "out", evaluations=True)
+    assert [record["alarm"] for record in evaluations] == [False] * (len(evaluations) - 1) + [True]
+    assert len(records(tmp_path / "out")) == evaluations[-1]["step"] < 40
+    assert "ALARM" in capsys.readouterr().out
+    best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
+    assert best["judge"] == max(record["judge"] for record in evaluations)
+    assert {record["step"]: record["judge"] for record in evaluations}[best["step"]] == best["judge"]
+    name = "pytorch_lora_weights.safetensors"
+    last, kept = load_file(tmp_path / "out" / name), load_file(tmp_path / "out" / "best" / name)
+    assert last.keys() == kept.keys() and any(not torch.equal(last[key], kept[key]) for key in last)
+
+
+def test_a_healthy_run_raises_no_alarm(tmp_path, capsys):
+    assert rsaft.main([*JUDGED, "--train-steps", "18", "--out", str(tmp_path / "out")]) == 0
+    evaluations = records(tmp_path / "out", evaluations=True)
+    assert len(evaluations) == 7 and not any(record["alarm"] for record in evaluations)
+    assert "no alarm" in capsys.readouterr().out
+
+
+def test_a_saved_adapter_is_judged_at_several_scales_beside_the_base_model(tmp_path, capsys):
+    assert small(tmp_path / "run", "--learning-rate", "1e-2") == 0
+    before, *_, after = records(tmp_path / "run", evaluations=True)
+    capsys.readouterr()
+    assert rsaft.main(["--evaluate", str(tmp_path / "run"), "--eval-reward", "judge", "pickscore", "--lora-scale",
+                       "0.5", "1.0", "--out", str(tmp_path / "judged")]) == 0
+    base, half, full = records(tmp_path / "judged", evaluations=True)
+    for name in "judge", "pickscore":
+        assert base[name] == pytest.approx(before[name], abs=1e-4)
+        assert full[name] == pytest.approx(after[name], abs=1e-4)
+        assert half[name] != base[name] != full[name]
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("base model", "scale 0.5", "scale 1", f"{full['judge']:.3f}"))
+    grids = {path.name for path in (tmp_path / "judged" / "samples").iterdir()}
+    assert grids == {"scale_0.png", "scale_0.5.png", "scale_1.png"}
+    saved = tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    saved.write_bytes(saved.read_bytes()[:1000])
+    assert rsaft.main(["--evaluate", str(tmp_path / "run"), "--eval-reward", "judge"]) == 2
+    assert "doesn't fit" in capsys.readouterr().err
+
+
+def test_evaluations_can_have_prompts_of_their_own(tmp_path):
+    (tmp_path / "four.txt").write_text("\n".join(PROMPTS[-4:]))
+    assert small(tmp_path / "a") == 0 == small(tmp_path / "b", "--eval-prompts", tmp_path / "four.txt")
+    (a, b), (c, d) = ([records(tmp_path / name, evaluations=kind)[0] for name in "ab"] for kind in (False, True))
+    assert a["reward"] == b["reward"] and c["pickscore"] != d["pickscore"]
+
+
 def test_bf16_weights_train_a_float32_adapter(tmp_path):
     from safetensors.torch import load_file
     assert small(tmp_path / "out", "--dtype", "bfloat16", "--noise", "--sam") == 0
@@ -616,6 +1063,13 @@ OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",
     (["--reward", "hard.py:f"], "not differentiable"),
     (["--reward", "raises.py:f"], "no pictures today"),
     (["--reward", "judge"], "held out"),
+    (["--method", "dpo"], "--method"),
+    (["--method", "refl", "--grad-steps", "10"], "--grad-steps 10"),
+    (["--method", "drtune", "--grad-steps", "8"], "--grad-steps 8"),
+    (["--evaluate", "."], "no pytorch_lora_weights"),
+    (["--stop-on-hacking", "--eval-every", "0"], "--eval-every"),
+    (["--eval-prompts", "missing.txt"], "missing.txt"),
+    (["--tensorboard"], "pip install tensorboard"),
     (["--eval-reward", "beauty"], "beauty"),
     (["--models", "nowhere"], "nowhere"),
     (["--models", "."], "pickscore"),
@@ -669,7 +1123,7 @@ def test_the_patch_in_the_readme_is_algorithm_1():
         def step(self):
             updates.append(self.param_groups[0]["params"][0].grad.clone())
 
-    params, batch = [toy.theta], toy.batches[0]
-    exec(patch, dict(reward=toy.reward, params=params, prompts=batch.prompts, optimizer=Optimizer(params, maximize=True),
+    batch, optimizer = toy.batches[0], Optimizer([toy.theta], maximize=True)
+    exec(patch, dict(reward=toy.reward, params=[toy.theta], prompts=batch.prompts, optimizer=optimizer,
                      generate=lambda prompts: toy.generate(batch)))
     assert_close(updates, [expected], rtol=1e-9, atol=1e-9)

@@ -107,6 +107,17 @@ class UserError(Exception):
     """Something the user can put right. `main` prints it as one line and exits with 2."""
 
 
+@contextlib.contextmanager
+def explained(problem):
+    """Inside the with block any exception becomes a UserError, one line: the problem and its cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{problem}: {type(error).__name__}: {' '.join(str(error).split())}"[:300]) from error
+
+
 # ---- One sampling step. Every deterministic sampler here is linear in the latent x and the network's output f. -----
 
 # One step, at timestep t: x_next = a x + b f and x0 = c x + d f, where x = alpha x0 + sigma noise. Plain numbers.
@@ -285,13 +296,6 @@ def clip_pixels(images, size, pad=False):
     return (images - mean) / std
 
 
-def clip_embeddings(model, input_ids, pixels):
-    """L2-normalised text and image embeddings of a transformers CLIPModel, (B, width) each."""
-    text = model.text_projection(model.text_model(input_ids=input_ids).pooler_output)
-    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    return F.normalize(text, dim=-1), F.normalize(image, dim=-1)
-
-
 def tokenizer(source, length, device):
     """A function of B prompts to input_ids and attention_mask, (B, length) each: truncated, padded to the maximum."""
     from transformers import AutoTokenizer
@@ -301,19 +305,21 @@ def tokenizer(source, length, device):
 
 
 def clip_reward(model, tokenizer_source, device, scale, pad=False):
-    """scale * cosine of text and image, the reward of all that is a CLIPModel."""
+    """scale * cosine of text and image under a transformers CLIPModel."""
     model = model.to(device).eval().requires_grad_(False)
     tokens = tokenizer(tokenizer_source, model.config.text_config.max_position_embeddings, device)
 
     def reward(images, prompts):
         pixels = clip_pixels(images, model.config.vision_config.image_size, pad)
-        text, image = clip_embeddings(model, tokens(prompts).input_ids, pixels)
-        return scale * (text * image).sum(-1)
+        text = model.text_projection(model.text_model(input_ids=tokens(prompts).input_ids).pooler_output)
+        image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return scale * F.cosine_similarity(text, image)
 
     return reward
 
 
 def load_clip(source):
+    """A transformers CLIPModel in float32."""
     from transformers import CLIPModel
     return CLIPModel.from_pretrained(source, dtype=torch.float32)  # without dtype the file's own would be kept
 
@@ -491,10 +497,8 @@ def make_reward(name, models=None, device="cpu"):
     hub. Raises UserError where there is no such reward or it doesn't load.
     """
     files = reward_files(name, models)
-    try:
+    with explained(f"the reward {name} doesn't load"):
         return REWARDS.get(name, (own_function,))[0](files, device)
-    except Exception as error:
-        raise UserError(f"the reward {name} doesn't load: {one_line(error)}") from error
 
 
 def reward_gradient(reward, x0, prompts, deltas=(0.0,)):
@@ -665,27 +669,26 @@ def add_lora(unet, rank, generator=None):
     return [p for p in unet.parameters() if p.requires_grad]
 
 
-def lora_state_dict(unet):
-    """The adapter under diffusers' names, {"unet.<module>.lora_A.weight": tensor, ...}, with alpha equal to the rank.
+def lora_parameters(unet):
+    """The adapter under diffusers' names, {"unet.<module>.lora_A.weight": parameter, ...}, with alpha equal to the rank.
 
     Trap: without the prefix "unet." diffusers loads nothing, and raises nothing.
     """
-    return {f"unet.{name}.lora_{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+    return {f"unet.{name}.lora_{part}.weight": getattr(layer, part)
             for name, layer in unet.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
 
 
 @contextlib.contextmanager
 def lora_scale(unet, scale):
-    """Inside the with block the adapter counts `scale` times; 0 is the base model, 1 the tuned one."""
+    """Inside the with block the adapter counts `scale` times; 0 is the base model. Outside it counts once."""
     layers = [module for module in unet.modules() if isinstance(module, LoRALinear)]
-    before = [layer.scale for layer in layers]
     try:
         for layer in layers:
             layer.scale = scale
         yield
     finally:
-        for layer, scale in zip(layers, before):
-            layer.scale = scale
+        for layer in layers:
+            layer.scale = 1.0
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -695,23 +698,21 @@ def save_lora(unet, folder):
     """Write the adapter so that diffusers' load_lora_weights(folder) takes it."""
     from safetensors.torch import save_file
     Path(folder).mkdir(exist_ok=True)
-    save_file(lora_state_dict(unet), Path(folder, ADAPTER))
+    save_file({key: p.detach().cpu() for key, p in lora_parameters(unet).items()}, Path(folder, ADAPTER))
 
 
 def load_lora(unet, folder):
     """Add the adapter in `folder` to a UNet that has none. Raises UserError if it is not one for this UNet."""
     from safetensors.torch import load_file
-    try:
+    with explained(f"the adapter in {folder} doesn't fit this model"):
         state = load_file(Path(folder, ADAPTER))
         add_lora(unet, next(tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight")))
-        layers = {f"unet.{name}": layer for name, layer in unet.named_modules() if isinstance(layer, LoRALinear)}
-        for name, layer in layers.items():
-            layer.load_state_dict({**layer.linear.state_dict(prefix="linear."), "A": state.pop(f"{name}.lora_A.weight"),
-                                   "B": state.pop(f"{name}.lora_B.weight")})
-        if state:
-            raise ValueError(f"surplus keys {list(state)}")
-    except Exception as error:
-        raise UserError(f"the adapter in {folder} doesn't fit this model: {one_line(error)}") from error
+        own = lora_parameters(unet)
+        if own.keys() != state.keys():
+            raise ValueError(f"surplus or missing: {sorted(own.keys() ^ state.keys())}")
+        with torch.no_grad():
+            for key, tensor in state.items():
+                own[key].copy_(tensor)
 
 
 # ---- Random numbers by name: a sample's noise depends on what it is for, never on the order of the draws ------------
@@ -756,11 +757,6 @@ def evaluation_latents(count, shape):
 
 # ---- Models --------------------------------------------------------------------------------------------------------
 
-def one_line(error):
-    """An exception as one line of at most 200 characters, for a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
 def find_model(model):
     """A folder or hub id as from_pretrained takes it: `model`, or its copy in the hub's cache if there's no network.
 
@@ -790,11 +786,9 @@ def model_size(model, height=None, width=None):
     """
     from huggingface_hub import hf_hub_download
     locate = Path if Path(model).is_dir() else hf_hub_download
-    try:
+    with explained(f"{model} is no diffusers model"):
         kind, unet, vae = (json.loads(Path(locate(model, name)).read_text())
                            for name in ("model_index.json", "unet/config.json", "vae/config.json"))
-    except Exception as error:
-        raise UserError(f"{model} is no diffusers model: {one_line(error)}") from None
     if kind["_class_name"] != "StableDiffusionPipeline":
         raise UserError(f"{model} is a {kind['_class_name']}; only Stable Diffusion 1 and 2 are supported")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -807,11 +801,9 @@ def model_size(model, height=None, width=None):
 def load_pipeline(model, dtype=torch.float32, device="cpu"):
     """A frozen diffusers StableDiffusionPipeline from a folder or a hub id. Raises UserError if it doesn't load."""
     from diffusers import StableDiffusionPipeline
-    try:
+    with explained(f"the model {model} doesn't load"):
         pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None, feature_extractor=None,
                                                        requires_safety_checker=False)
-    except Exception as error:
-        raise UserError(f"the model {model} doesn't load: {one_line(error)}") from error
     for module in pipe.unet, pipe.vae, pipe.text_encoder:
         module.to(device).eval().requires_grad_(False)
     return pipe
@@ -825,10 +817,8 @@ def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
     Raises UserError for a scheduler that DDIM can't follow.
     """
     from diffusers import DDIMScheduler
-    try:
+    with explained("DDIM can't sample this model"):
         steps = ddim_steps(DDIMScheduler.from_config(pipe.scheduler.config), sampling_steps)
-    except ValueError as error:
-        raise UserError(f"this model can't be used: {error}") from None
 
     @functools.cache
     @torch.no_grad()
@@ -867,20 +857,17 @@ def check_reward(name, reward, prompts, height, width, device, differentiable):
     """Score a random picture for each of `prompts`. Raises UserError unless the scores can be used."""
     images = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
     images = images.repeat(len(prompts), 1, 1, 1).requires_grad_(differentiable)
-    try:
+    with explained(f"the reward {name} can't be used"):
         scores = scores_by_name({name: reward}, images, prompts)
         for score in scores.values():
             if score.shape != (len(prompts),):
                 raise ValueError(f"it returned the shape {tuple(score.shape)} for {len(prompts)} pictures")
             if not score.isfinite().all():
                 raise ValueError("it is not finite on a random picture")
-        if differentiable:
-            if len(scores) > 1 or not score.requires_grad:
-                raise ValueError("it is not differentiable in the images, so it can't be trained on")
-            if not torch.autograd.grad(score.sum(), images)[0].isfinite().all():
-                raise ValueError("its gradient is not finite on a random picture")
-    except Exception as error:
-        raise UserError(f"the reward {name} can't be used: {one_line(error)}") from error
+        if differentiable and (len(scores) > 1 or not score.requires_grad):
+            raise ValueError("it is not differentiable in the images, so it can't be trained on")
+        if differentiable and not torch.autograd.grad(score.sum(), images)[0].isfinite().all():
+            raise ValueError("its gradient is not finite on a random picture")
 
 
 def evaluate(generate, batches, rewards, trained=None, s1_radius=0.0):
@@ -946,10 +933,8 @@ def check(config):
         if isinstance(value, (int, float)):
             require(0 <= value < math.inf and (value > 0 or name in may_be_zero),
                     f"--{name.replace('_', '-')} can't be {value}")
-    try:
+    with explained(f"--grad-steps {config.grad_steps} won't do with --sampling-steps {config.sampling_steps}"):
         METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
-    except ValueError as error:
-        raise UserError(f"--grad-steps {config.grad_steps}: {error}") from None
     require(config.batch_size % (config.micro_batch_size or 1) == 0,
             f"--micro-batch-size {config.micro_batch_size} does not divide --batch-size {config.batch_size}")
     names = [short_name(name) for name in [*reward_weights(config), *config.eval_reward]]
@@ -971,18 +956,14 @@ def check(config):
     require(config.eval_every or not config.stop_on_hacking, "--stop-on-hacking needs evaluations: --eval-every")
     require(config.eval_reward or not config.stop_on_hacking, "--stop-on-hacking needs a held-out score: --eval-reward")
     if config.tensorboard:
-        try:
+        with explained("--tensorboard needs a package that isn't here, pip install tensorboard"):
             import torch.utils.tensorboard
-        except ImportError:
-            raise UserError("--tensorboard needs a package that isn't here: pip install tensorboard") from None
 
 
 def read_prompts(path):
     """The lines of a UTF-8 text file that aren't empty. Raises UserError."""
-    try:
+    with explained(f"the prompt file {path} can't be read"):
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"the prompt file {path} can't be read: {one_line(error)}") from None
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; write one prompt a line")
     return prompts
@@ -1089,7 +1070,7 @@ def train(config):
 
     plan = make_plan(0)
     calls = config.batch_size * (2 if config.guidance_scale > 1 else 1) * (2 if config.sam else 1)
-    print(f"{run.device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; the first update takes "
+    print(f"{run.device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update 1 takes "
           f"{calls * plan.grad.count(False)} network evaluations without gradient, "
           f"{calls * (plan.grad.count(True) + plan.renoised)} with")
     if not config.eval_reward:
@@ -1126,7 +1107,7 @@ def train(config):
                                     config.sam, config.noise_draws if config.noise_type == "gaussian" else 0)
             record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
             if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
-                raise RunStopped(f"update {step} has no finite gradient: {record}; the last good adapter is in {run.out}")
+                raise RunStopped(f"update {step} has no finite gradient ({record}); the last good adapter: {run.out}")
             optimizer.step()
             record["seconds"] = time.perf_counter() - start
             run.write({"step": step, **record, "peak_gb": peak_gb(run.device)})

@@ -1,8 +1,8 @@
 """RSA-FT: Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models, in one file.
 
 The method of Kim & Sim, CVPR 2026 (arXiv 2603.21175); equation numbers are that paper's. A diffusion model is tuned
-by gradient ascent on a differentiable reward r of its own pictures, backpropagated through the last K steps of a
-DDIM rollout (DRaFT-K, arXiv 2309.17400):
+by gradient ascent on a differentiable reward r of its own pictures, backpropagated through part of a DDIM rollout: as
+much as one of five published methods does, DRaFT-1 by default (arXiv 2309.17400):
 
     max_theta  E_{c, xT} [ r( x0(xT, c; theta), c ) ]                                      (Eq. 4)
 
@@ -19,9 +19,9 @@ Try it on any laptop, with the small trained models of tiny/, then on Stable Dif
     python rsaft.py --tiny --reward pickscore --sam --noise
     python rsaft.py --reward pickscore --sam --noise
 
-The file is in the order of the story: settings, sampling step, rollout, rewards, perturbations, Algorithm 1, LoRA;
-then models, evaluation, training loop and command line. Down to LoRA all is tensors in, tensors out: copy what you
-need, it brings nothing but torch along.
+The file is in the order of the story: settings, sampling step, rollout, perturbations, Algorithm 1, LoRA; then rewards,
+models, evaluation, training loop and command line. Down to LoRA all is tensors in, tensors out: copy what you need, it
+brings nothing but torch along.
 """
 import argparse
 import contextlib
@@ -272,7 +272,222 @@ def decode(vae, latents):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-# ---- Rewards: functions reward(images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32 ---------------
+# ---- The reward's gradient, and the two perturbations ----------------------------------------------------------------
+# A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32, and B prompts.
+
+def reward_gradient(reward, x0, prompts, deltas=(0.0,)):
+    """Mean over `deltas` of r(x0 + delta), and its gradient, with x0 taken as a leaf.
+
+    x0: (B, 3, H, W); deltas: tensors of that shape, constants of the gradient. Returns values (B,) and gradients
+    (B, 3, H, W), one per picture and not divided by B, both detached. The reward's graph is freed here, before the
+    diffusion graph is walked: push the gradient on with x0.backward(gradient).
+    """
+    values = gradients = 0
+    for delta in deltas:
+        x = (x0.detach() + delta).requires_grad_()
+        value = reward(x, prompts)
+        gradients = gradients + torch.autograd.grad(value.sum(), x)[0] / len(deltas)
+        values = values + value.detach() / len(deltas)
+    return values, gradients
+
+
+def sample_perturbation(grad, rho):
+    """d = -rho g / |g|, the worst small change of each picture to first order (Eq. 15).
+
+    grad: (B, ...), the reward's gradient at each picture; rho: the L2 norm of d over all elements of one picture,
+    in units of pixels in [0, 1]. Returns a tensor of grad's shape; where a gradient is zero, so is d.
+    """
+    norm = grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.dim() - 1))
+    return -rho * grad / norm.where(norm > 0, 1)
+
+
+def parameter_perturbation(grads, rho):
+    """e = -rho g / |g| with one norm over all tensors: SAM's step (arXiv 2010.01412), turned round (Eq. 17).
+
+    grads: list of tensors, the reward's gradient over the WHOLE batch; rho: the global L2 norm of e, in units of the
+    parameters. Returns a list of tensors of the same shapes; all zero if the gradient is.
+    """
+    norm = nn.utils.get_total_norm(grads)
+    scale = -rho / norm.where(norm > 0, 1)
+    return [scale * grad for grad in grads]
+
+
+@contextlib.contextmanager
+def perturbed(params, epsilons):
+    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, whatever happens.
+
+    Yields the displacements that were reached, after rounding. Adding and then subtracting would not be exact,
+    so the values are copied and copied back.
+    """
+    originals = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, epsilon in zip(params, epsilons):
+                p.add_(epsilon)
+        yield [p.detach() - original for p, original in zip(params, originals)]
+    finally:
+        with torch.no_grad():
+            for p, original in zip(params, originals):
+                p.copy_(original)
+
+
+def reward_sharpness(reward, images, prompts, rho):
+    """S1 = r(x) - r(x + d) with d = -rho g / |g| (Eq. 10): (B,), how far the reward falls within the radius rho."""
+    value, gradient = reward_gradient(reward, images, prompts)
+    with torch.no_grad():
+        return value - reward(images + sample_perturbation(gradient, rho), prompts)
+
+
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, and the random numbers that belong to them.
+
+    noise(purpose, shape) returns (B, *shape) of standard normal noise, always the same for the same purpose.
+    """
+    prompts: list
+    noise: Callable
+
+
+def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussian_draws=0):
+    """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in `params`' .grad.
+
+    It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain gradient of Eq. 4.
+
+    batches: list of Batch, the micro-batches of one update; generate: Batch -> images with a graph to `params`, the
+    same each time for the same weights, (n B, 3, H, W) for the n pictures of each prompt; reward: (images, prompts)
+    -> one value per image; rho: radius of the pictures' perturbation; rho_w: radius of the weights';
+    gaussian_draws: if not 0, the mean over that many random directions of norm rho takes the worst one's place.
+
+    Returns a dict of floats, means over the pictures: the reward (of the first picture of each prompt) and, for each
+    perturbation that is on, the norm reached, the fall of the reward that the first order predicts, and the fall
+    measured.
+    """
+    total, log, kept = sum(len(batch.prompts) for batch in batches), defaultdict(float), []
+    for p in params:
+        p.grad = None
+    for batch in batches:                                                      # first pass, at theta
+        x0 = generate(batch)
+        n = len(x0) // len(batch.prompts)
+        prompts, share = batch.prompts * n, 1 / (total * n)                    # one picture's share in the mean
+        r, g = reward_gradient(reward, x0, prompts)
+        log["reward"] += r[:len(batch.prompts)].sum().item() / total
+        uphill, deltas = g, [0.0]
+        if rho > 0:
+            directions = [batch.noise(f"gaussian {i}", (n, *x0.shape[1:])).transpose(0, 1).flatten(0, 1)
+                          for i in range(gaussian_draws)] or [g]
+            deltas = [sample_perturbation(direction, rho) for direction in directions]           # d, Eq. 15
+            if rho_w > 0:                                                      # its value, for the log alone
+                with torch.no_grad():
+                    r_d = sum(reward(x0 + delta, prompts) for delta in deltas) / len(deltas)
+            else:
+                r_d, uphill = reward_gradient(reward, x0, prompts, deltas)
+            log["noise_fall_measured"] += share * (r - r_d).sum().item()
+            for delta in deltas:
+                reached = (x0.detach() + delta - x0.detach()).flatten(1).norm(dim=1)
+                log["noise_fall_predicted"] -= share * (g * delta).sum().item() / len(deltas)
+                log["noise_norm"] += share * reached.sum().item() / len(deltas)
+        x0.backward(share * uphill)
+        kept.append((deltas, r))
+
+    if rho_w > 0:
+        # Only now, with the whole batch seen, is the gradient known whose direction e takes.
+        grads = [p.grad for p in params]
+        epsilons = parameter_perturbation(grads, rho_w)                                          # e, Eq. 17
+        log["sam_fall_predicted"] = -sum((grad * e).sum().item() for grad, e in zip(grads, epsilons))
+        for p in params:
+            p.grad = None
+        with perturbed(params, epsilons) as reached:
+            log["sam_norm"] = nn.utils.get_total_norm(reached).item()
+            for batch, (deltas, r) in zip(batches, kept):                      # second pass, at theta + e
+                x0 = generate(batch)
+                r_e, g = reward_gradient(reward, x0, batch.prompts * n, deltas)      # at x0' + d: Eq. 19
+                x0.backward(share * g)
+                if rho > 0:                                                    # at x0', for the log alone
+                    with torch.no_grad():
+                        r_e = reward(x0, batch.prompts * n)
+                log["sam_fall_measured"] += share * (r - r_e).sum().item()
+    return dict(log)
+
+
+# ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus scale * B A, in float32 whatever the layer's dtype. B starts at 0: no change."""
+
+    def __init__(self, linear, rank, generator):
+        super().__init__()
+        self.linear, self.scale = linear, 1.0
+        bound = linear.in_features ** -0.5
+        A = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
+        self.A = nn.Parameter(A.to(linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+
+    def forward(self, x):
+        y = self.linear(x)
+        return (y.float() + self.scale * (x.float() @ self.A.T @ self.B.T)).to(y.dtype)
+
+
+def add_lora(unet, rank, generator=None):
+    """Freeze a UNet and put a LoRALinear around each attention projection (to_q, to_k, to_v, to_out.0).
+
+    Returns the trained parameters, a list of float32 tensors in a fixed order.
+    """
+    unet.requires_grad_(False)
+    for name, module in list(unet.named_modules()):
+        if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")) and isinstance(module, nn.Linear):
+            unet.set_submodule(name, LoRALinear(module, rank, generator))
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def lora_parameters(unet):
+    """The adapter under diffusers' names, {"unet.<module>.lora_A.weight": parameter, ...}; alpha is the rank.
+
+    Trap: without the prefix "unet." diffusers loads nothing, and raises nothing.
+    """
+    return {f"unet.{name}.lora_{part}.weight": getattr(layer, part)
+            for name, layer in unet.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
+
+
+@contextlib.contextmanager
+def lora_scale(unet, scale):
+    """Inside the with block the adapter counts `scale` times; 0 is the base model. Outside it counts once."""
+    layers = [module for module in unet.modules() if isinstance(module, LoRALinear)]
+    try:
+        for layer in layers:
+            layer.scale = scale
+        yield
+    finally:
+        for layer in layers:
+            layer.scale = 1.0
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def save_lora(unet, folder):
+    """Write the adapter so that diffusers' load_lora_weights(folder) takes it."""
+    from safetensors.torch import save_file
+    Path(folder).mkdir(exist_ok=True)
+    save_file({key: p.detach().cpu() for key, p in lora_parameters(unet).items()}, Path(folder, ADAPTER))
+
+
+def load_lora(unet, folder):
+    """Add the adapter in `folder` to a UNet that has none. Raises UserError if it is not one for this UNet."""
+    from safetensors.torch import load_file
+    with explained(f"the adapter in {folder} doesn't fit this model"):
+        state = load_file(Path(folder, ADAPTER))
+        add_lora(unet, next(tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight")))
+        own = lora_parameters(unet)
+        if own.keys() != state.keys():
+            raise ValueError(f"surplus or missing: {sorted(own.keys() ^ state.keys())}")
+        with torch.no_grad():
+            for key, tensor in state.items():
+                own[key].copy_(tensor)
+
+
+# ---- Six rewards -----------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -501,220 +716,6 @@ def make_reward(name, models=None, device="cpu"):
         return REWARDS.get(name, (own_function,))[0](files, device)
 
 
-def reward_gradient(reward, x0, prompts, deltas=(0.0,)):
-    """Mean over `deltas` of r(x0 + delta), and its gradient, with x0 taken as a leaf.
-
-    x0: (B, 3, H, W); deltas: tensors of that shape, constants of the gradient. Returns values (B,) and gradients
-    (B, 3, H, W), one per picture and not divided by B, both detached. The reward's graph is freed here, before the
-    diffusion graph is walked: push the gradient on with x0.backward(gradient).
-    """
-    values = gradients = 0
-    for delta in deltas:
-        x = (x0.detach() + delta).requires_grad_()
-        value = reward(x, prompts)
-        gradients = gradients + torch.autograd.grad(value.sum(), x)[0] / len(deltas)
-        values = values + value.detach() / len(deltas)
-    return values, gradients
-
-
-# ---- The two perturbations -----------------------------------------------------------------------------------------
-
-def sample_perturbation(grad, rho):
-    """d = -rho g / |g|, the worst small change of each picture to first order (Eq. 15).
-
-    grad: (B, ...), the reward's gradient at each picture; rho: the L2 norm of d over all elements of one picture,
-    in units of pixels in [0, 1]. Returns a tensor of grad's shape; where a gradient is zero, so is d.
-    """
-    norm = grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.dim() - 1))
-    return -rho * grad / norm.where(norm > 0, 1)
-
-
-def parameter_perturbation(grads, rho):
-    """e = -rho g / |g| with one norm over all tensors: SAM's step (arXiv 2010.01412), turned round (Eq. 17).
-
-    grads: list of tensors, the reward's gradient over the WHOLE batch; rho: the global L2 norm of e, in units of the
-    parameters. Returns a list of tensors of the same shapes; all zero if the gradient is.
-    """
-    norm = nn.utils.get_total_norm(grads)
-    scale = -rho / norm.where(norm > 0, 1)
-    return [scale * grad for grad in grads]
-
-
-@contextlib.contextmanager
-def perturbed(params, epsilons):
-    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, whatever happens.
-
-    Yields the displacements that were reached, after rounding. Adding and then subtracting would not be exact,
-    so the values are copied and copied back.
-    """
-    originals = [p.detach().clone() for p in params]
-    try:
-        with torch.no_grad():
-            for p, epsilon in zip(params, epsilons):
-                p.add_(epsilon)
-        yield [p.detach() - original for p, original in zip(params, originals)]
-    finally:
-        with torch.no_grad():
-            for p, original in zip(params, originals):
-                p.copy_(original)
-
-
-def reward_sharpness(reward, images, prompts, rho):
-    """S1 = r(x) - r(x + d) with d = -rho g / |g| (Eq. 10): (B,), how far the reward falls within the radius rho."""
-    value, gradient = reward_gradient(reward, images, prompts)
-    with torch.no_grad():
-        return value - reward(images + sample_perturbation(gradient, rho), prompts)
-
-
-# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts, and the random numbers that belong to them.
-
-    noise(purpose, shape) returns (B, *shape) of standard normal noise, always the same for the same purpose.
-    """
-    prompts: list
-    noise: Callable
-
-
-def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussian_draws=0):
-    """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in `params`' .grad.
-
-    It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain gradient of Eq. 4.
-
-    batches: list of Batch, the micro-batches of one update; generate: Batch -> images with a graph to `params`, the
-    same each time for the same weights, (n B, 3, H, W) for the n pictures of each prompt; reward: (images, prompts)
-    -> one value per image; rho: radius of the pictures' perturbation; rho_w: radius of the weights';
-    gaussian_draws: if not 0, the mean over that many random directions of norm rho takes the worst one's place.
-
-    Returns a dict of floats, means over the pictures: the reward (of the first picture of each prompt) and, for each
-    perturbation that is on, the norm reached, the fall of the reward that the first order predicts, and the fall
-    measured.
-    """
-    total, log, kept = sum(len(batch.prompts) for batch in batches), defaultdict(float), []
-    for p in params:
-        p.grad = None
-    for batch in batches:                                                      # first pass, at theta
-        x0 = generate(batch)
-        n = len(x0) // len(batch.prompts)
-        prompts, share = batch.prompts * n, 1 / (total * n)                    # one picture's share in the mean
-        r, g = reward_gradient(reward, x0, prompts)
-        log["reward"] += r[:len(batch.prompts)].sum().item() / total
-        uphill, deltas = g, [0.0]
-        if rho > 0:
-            directions = [batch.noise(f"gaussian {i}", (n, *x0.shape[1:])).transpose(0, 1).flatten(0, 1)
-                          for i in range(gaussian_draws)] or [g]
-            deltas = [sample_perturbation(direction, rho) for direction in directions]           # d, Eq. 15
-            if rho_w > 0:                                                      # its value, for the log alone
-                with torch.no_grad():
-                    r_d = sum(reward(x0 + delta, prompts) for delta in deltas) / len(deltas)
-            else:
-                r_d, uphill = reward_gradient(reward, x0, prompts, deltas)
-            log["noise_fall_measured"] += share * (r - r_d).sum().item()
-            for delta in deltas:
-                reached = (x0.detach() + delta - x0.detach()).flatten(1).norm(dim=1)
-                log["noise_fall_predicted"] -= share * (g * delta).sum().item() / len(deltas)
-                log["noise_norm"] += share * reached.sum().item() / len(deltas)
-        x0.backward(share * uphill)
-        kept.append((deltas, r))
-
-    if rho_w > 0:
-        # Only now, with the whole batch seen, is the gradient known whose direction e takes.
-        grads = [p.grad for p in params]
-        epsilons = parameter_perturbation(grads, rho_w)                                          # e, Eq. 17
-        log["sam_fall_predicted"] = -sum((grad * e).sum().item() for grad, e in zip(grads, epsilons))
-        for p in params:
-            p.grad = None
-        with perturbed(params, epsilons) as reached:
-            log["sam_norm"] = nn.utils.get_total_norm(reached).item()
-            for batch, (deltas, r) in zip(batches, kept):                      # second pass, at theta + e
-                x0 = generate(batch)
-                r_e, g = reward_gradient(reward, x0, batch.prompts * n, deltas)      # at x0' + d: Eq. 19
-                x0.backward(share * g)
-                if rho > 0:                                                    # at x0', for the log alone
-                    with torch.no_grad():
-                        r_e = reward(x0, batch.prompts * n)
-                log["sam_fall_measured"] += share * (r - r_e).sum().item()
-    return dict(log)
-
-
-# ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale * B A, in float32 whatever the layer's dtype. B starts at 0: no change."""
-
-    def __init__(self, linear, rank, generator):
-        super().__init__()
-        self.linear, self.scale = linear, 1.0
-        bound = linear.in_features ** -0.5
-        A = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
-        self.A = nn.Parameter(A.to(linear.weight.device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
-
-    def forward(self, x):
-        y = self.linear(x)
-        return (y.float() + self.scale * (x.float() @ self.A.T @ self.B.T)).to(y.dtype)
-
-
-def add_lora(unet, rank, generator=None):
-    """Freeze a UNet and put a LoRALinear around each attention projection (to_q, to_k, to_v, to_out.0).
-
-    Returns the trained parameters, a list of float32 tensors in a fixed order.
-    """
-    unet.requires_grad_(False)
-    for name, module in list(unet.named_modules()):
-        if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")) and isinstance(module, nn.Linear):
-            unet.set_submodule(name, LoRALinear(module, rank, generator))
-    return [p for p in unet.parameters() if p.requires_grad]
-
-
-def lora_parameters(unet):
-    """The adapter under diffusers' names, {"unet.<module>.lora_A.weight": parameter, ...}, with alpha equal to the rank.
-
-    Trap: without the prefix "unet." diffusers loads nothing, and raises nothing.
-    """
-    return {f"unet.{name}.lora_{part}.weight": getattr(layer, part)
-            for name, layer in unet.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
-
-
-@contextlib.contextmanager
-def lora_scale(unet, scale):
-    """Inside the with block the adapter counts `scale` times; 0 is the base model. Outside it counts once."""
-    layers = [module for module in unet.modules() if isinstance(module, LoRALinear)]
-    try:
-        for layer in layers:
-            layer.scale = scale
-        yield
-    finally:
-        for layer in layers:
-            layer.scale = 1.0
-
-
-ADAPTER = "pytorch_lora_weights.safetensors"
-
-
-def save_lora(unet, folder):
-    """Write the adapter so that diffusers' load_lora_weights(folder) takes it."""
-    from safetensors.torch import save_file
-    Path(folder).mkdir(exist_ok=True)
-    save_file({key: p.detach().cpu() for key, p in lora_parameters(unet).items()}, Path(folder, ADAPTER))
-
-
-def load_lora(unet, folder):
-    """Add the adapter in `folder` to a UNet that has none. Raises UserError if it is not one for this UNet."""
-    from safetensors.torch import load_file
-    with explained(f"the adapter in {folder} doesn't fit this model"):
-        state = load_file(Path(folder, ADAPTER))
-        add_lora(unet, next(tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight")))
-        own = lora_parameters(unet)
-        if own.keys() != state.keys():
-            raise ValueError(f"surplus or missing: {sorted(own.keys() ^ state.keys())}")
-        with torch.no_grad():
-            for key, tensor in state.items():
-                own[key].copy_(tensor)
-
-
 # ---- Random numbers by name: a sample's noise depends on what it is for, never on the order of the draws ------------
 
 def named_generator(*name):
@@ -915,10 +916,13 @@ class RunStopped(Exception):
     """The run ended early; what it had is saved. `main` prints it as one line and exits with 1."""
 
 
-def reward_weights(config):
-    """{NAME: weight} of what is trained on: nothing with --evaluate. Without a weight it is 1."""
-    split = [text.rpartition("=") if re.fullmatch(r".+=-?[.\d]+", text) else (text, "", 1.0) for text in config.reward]
-    return {} if config.evaluate else {name: float(weight) for name, _, weight in split}
+def split_weight(text):
+    """NAME=WEIGHT to (NAME, WEIGHT); without a weight it is 1."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def check(config):
@@ -937,7 +941,9 @@ def check(config):
         METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
     require(config.batch_size % (config.micro_batch_size or 1) == 0,
             f"--micro-batch-size {config.micro_batch_size} does not divide --batch-size {config.batch_size}")
-    names = [short_name(name) for name in [*reward_weights(config), *config.eval_reward]]
+    trained = [] if config.evaluate else [split_weight(text) for text in config.reward]
+    require(all(map(math.isfinite, dict(trained).values())), f"--reward {' '.join(config.reward)}: give finite weights")
+    names = [short_name(name) for name in [*(name for name, _ in trained), *config.eval_reward]]
     require(len(set(names)) == len(names), f"a reward is named twice ({', '.join(names)}); what is trained on can't be "
             "held out, give another --eval-reward")
     require(not config.models or Path(config.models).is_dir(), f"--models {config.models} is no folder")
@@ -957,7 +963,7 @@ def check(config):
     require(config.eval_reward or not config.stop_on_hacking, "--stop-on-hacking needs a held-out score: --eval-reward")
     if config.tensorboard:
         with explained("--tensorboard needs a package that isn't here, pip install tensorboard"):
-            import torch.utils.tensorboard
+            importlib.import_module("torch.utils.tensorboard")
 
 
 def read_prompts(path):
@@ -967,15 +973,6 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; write one prompt a line")
     return prompts
-
-
-def make_out(out):
-    """Make the folder for the results, `out` or a new runs/NNN, with samples/ in it."""
-    number = 0
-    while not out or (number and Path(out).exists()):
-        out, number = f"runs/{number:03d}", number + 1
-    Path(out, "samples").mkdir(parents=True)
-    return Path(out)
 
 
 def quiet_libraries():
@@ -1010,7 +1007,7 @@ class Run:
         check(config)
         self.config, self.prompts = config, read_prompts(config.prompts)
         eval_prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self.prompts
-        self.weights = reward_weights(config)
+        self.weights = {} if config.evaluate else dict(map(split_weight, config.reward))
         names = [*self.weights, *config.eval_reward]
         for name in names:
             reward_files(name, config.models)
@@ -1025,7 +1022,9 @@ class Run:
         self.rewards = {name: made[name] for name in names}
         for name in names:  # a model takes any prompt; a function of your own may not, so it is shown all of them
             shown = list(dict.fromkeys(self.prompts + eval_prompts))[:1 if name in REWARDS else None]
-            check_reward(name, made[name], shown, height, width, self.device, differentiable=name in self.weights)
+            for first in range(0, len(shown), 32):
+                check_reward(name, made[name], shown[first:first + 32], height, width, self.device,
+                             differentiable=name in self.weights)
         self.pipe = load_pipeline(model, getattr(torch, config.dtype), self.device)
         self.generate = make_generate(self.pipe, config.sampling_steps, config.guidance_scale, latent_shape)
         self.micro_batch_size = config.micro_batch_size or config.batch_size
@@ -1037,12 +1036,16 @@ class Run:
         return sum(weight * self.rewards[name](images, prompts) for name, weight in self.weights.items())
 
     def evaluate(self):
+        """Scores and pictures of the fixed evaluation prompts and noise: see the function of that name."""
         sampling = Plan((False,) * self.config.sampling_steps)
         return evaluate(lambda batch: self.generate(batch, sampling), self.evaluation, self.rewards,
                         self.reward if self.weights else None, S1_RADIUS_TINY if self.config.tiny else S1_RADIUS)
 
     def make_out(self):
-        self.out = make_out(self.config.out)
+        """Make the folder for the results, --out or the next free runs/NNN, with config.json in it."""
+        free = (f"runs/{number:03d}" for number in range(10 ** 6) if not Path(f"runs/{number:03d}").exists())
+        self.out = Path(self.config.out or next(free))
+        (self.out / "samples").mkdir(parents=True)
         text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
         (self.out / "config.json").write_text(text + "\n")
         if self.config.tensorboard:
@@ -1050,6 +1053,7 @@ class Run:
             self.board = SummaryWriter(self.out)
 
     def write(self, record):
+        """Append a line to log.jsonl."""
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.config.tensorboard:
@@ -1086,9 +1090,10 @@ def train(config):
         history.append(scores)
         trained.append(sum(weight * scores[short_name(name)] for name, weight in run.weights.items()))
         if config.eval_reward:
-            judge = next(name for name in scores if name.startswith(short_name(config.eval_reward[0])))
+            first = short_name(config.eval_reward[0])       # of a function that returns a dict, its first key
+            judge = next(name for name in scores if name == first or name.startswith(first + "_"))
             held_out.append(scores[judge])
-            if held_out[-1] == max(held_out) and held_out.count(held_out[-1]) == 1:
+            if held_out[-1] > max(held_out[:-1], default=-math.inf):
                 save_lora(run.pipe.unet, run.out / "best")
                 (run.out / "best" / "best.json").write_text(json.dumps({"step": step, judge: scores[judge]}) + "\n")
         if is_hacking(trained, held_out):
@@ -1183,12 +1188,15 @@ def parse(argv=None):
         parser.add_argument("--" + setting.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     defaults = TINY if "tiny" in given else {}
-    if "evaluate" in given:  # judge the adapter on the model and the sampler that it was trained with
-        with contextlib.suppress(OSError, ValueError):
-            saved = json.loads(Path(given["evaluate"], "config.json").read_text())
-            kept = ("model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale", "height",
-                    "width", "micro_batch_size", "eval_images")
-            defaults = {**{name: saved[name] for name in kept}, **defaults}
+    if "evaluate" in given:  # by default the model and the sampler that the adapter was trained with
+        for folder in Path(given["evaluate"]), Path(given["evaluate"]).absolute().parent:    # best/ has none of its own
+            if (folder / "config.json").is_file():
+                with explained(f"{folder / 'config.json'} can't be read"):
+                    saved = json.loads((folder / "config.json").read_text())
+                    kept = ("model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale",
+                            "height", "width", "micro_batch_size", "eval_images")
+                    defaults = {**defaults, **{name: saved[name] for name in kept}}
+                break
     return Config(**{**defaults, **given})
 
 

@@ -49,6 +49,7 @@ HERE = Path(__file__).resolve().parent
 # ---- Settings ------------------------------------------------------------------------------------------------------
 
 def option(default, help, **argparse_options):
+    """A setting: its default, its line in --help, and what else argparse wants to know."""
     return field(default=default, metadata={"help": help, **argparse_options})
 
 
@@ -511,18 +512,18 @@ def clip_pixels(images, size, pad=False):
     return (images - mean) / std
 
 
-def tokenizer(source, length, device):
+def tokenizer(files, length, device):
     """A function of B prompts to input_ids and attention_mask, (B, length) each: truncated, padded to the maximum."""
     from transformers import AutoTokenizer
-    tokenize = AutoTokenizer.from_pretrained(source)
+    tokenize = AutoTokenizer.from_pretrained(files["tokenizer_config.json"])
     return lambda prompts: tokenize(list(prompts), padding="max_length", truncation=True, max_length=length,
                                     return_tensors="pt").to(device)
 
 
-def clip_reward(model, tokenizer_source, device, scale, pad=False):
+def clip_reward(model, files, device, scale, pad=False):
     """scale * cosine of text and image under a transformers CLIPModel."""
     model = model.to(device).eval().requires_grad_(False)
-    tokens = tokenizer(tokenizer_source, model.config.text_config.max_position_embeddings, device)
+    tokens = tokenizer(files, model.config.text_config.max_position_embeddings, device)
 
     def reward(images, prompts):
         pixels = clip_pixels(images, model.config.vision_config.image_size, pad)
@@ -533,21 +534,21 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
     return reward
 
 
-def load_clip(source):
-    """A transformers CLIPModel in float32."""
+def load_clip(files):
+    """A transformers CLIPModel in float32; without dtype the file's own would be kept."""
     from transformers import CLIPModel
-    return CLIPModel.from_pretrained(source, dtype=torch.float32)  # without dtype the file's own would be kept
+    return CLIPModel.from_pretrained(files["config.json"], dtype=torch.float32)
 
 
 def pickscore(files, device):
     """PickScore (arXiv 2305.01569), exp(logit_scale) * cosine: about 18 to 24."""
-    model = load_clip(files["config.json"])
-    return clip_reward(model, files["tokenizer_config.json"], device, model.logit_scale.exp().item())
+    model = load_clip(files)
+    return clip_reward(model, files, device, model.logit_scale.exp().item())
 
 
 def clipscore(files, device):
     """CLIPScore (arXiv 2104.08718) as 100 * cosine under CLIP ViT-L/14."""
-    return clip_reward(load_clip(files["config.json"]), files["tokenizer_config.json"], device, 100.0)
+    return clip_reward(load_clip(files), files, device, 100.0)
 
 
 def load_checkpoint(files, name):
@@ -597,7 +598,7 @@ def hpsv2(files, device):
     config.text_config.eos_token_id = AutoTokenizer.from_pretrained(files["tokenizer_config.json"]).eos_token_id
     model = CLIPModel(config)
     model.load_state_dict(state)
-    return clip_reward(model, files["tokenizer_config.json"], device, 100.0, pad=True)
+    return clip_reward(model, files, device, 100.0, pad=True)
 
 
 def linear_head(state):
@@ -638,7 +639,7 @@ def imagereward(files, device):
     head = linear_head(mlp)
     for module in vision, text, head:
         module.to(device).eval().requires_grad_(False)
-    tokens = tokenizer(files["tokenizer_config.json"], 35, device)
+    tokens = tokenizer(files, 35, device)
 
     def reward(images, prompts):
         image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state
@@ -650,7 +651,7 @@ def imagereward(files, device):
 
 def aesthetic(files, device):
     """The LAION aesthetic predictor: a linear head on CLIP ViT-L/14, about 1 to 10; it ignores the prompt."""
-    clip, head = load_clip(files["config.json"]), linear_head(load_checkpoint(files, "aesthetic-model.pth"))
+    clip, head = load_clip(files), linear_head(load_checkpoint(files, "aesthetic-model.pth"))
     for module in clip, head:
         module.to(device).eval().requires_grad_(False)
 
@@ -871,25 +872,6 @@ def check_reward(name, reward, prompts, height, width, device, differentiable):
             raise ValueError("its gradient is not finite on a random picture")
 
 
-def evaluate(generate, batches, rewards, trained=None, s1_radius=0.0):
-    """Score the pictures of `batches`. Returns ({name: mean}, images (N, 3, H, W) on the CPU).
-
-    generate: Batch -> images; rewards: {name: function}; trained: the training reward, whose S1 is measured if given.
-    """
-    totals, pictures = defaultdict(float), []
-    for batch in batches:
-        with torch.no_grad():
-            images = generate(batch)
-            scores = scores_by_name(rewards, images, batch.prompts)
-        if trained:
-            scores["s1"] = reward_sharpness(trained, images, batch.prompts, s1_radius)
-        for name, score in scores.items():
-            totals[name] += score.sum().item()
-        pictures.append(images.cpu())
-    pictures = torch.cat(pictures)
-    return {name: total / len(pictures) for name, total in totals.items()}, pictures
-
-
 def is_hacking(trained, held_out, patience=3):
     """The alarm: over the last `patience` evaluations in a row the training reward rose and the held-out score fell.
 
@@ -1009,9 +991,9 @@ class Run:
         eval_prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self.prompts
         self.weights = {} if config.evaluate else dict(map(split_weight, config.reward))
         names = [*self.weights, *config.eval_reward]
+        model = find_model(config.model)
         for name in names:
             reward_files(name, config.models)
-        model = find_model(config.model)
         latent_shape, height, width = model_size(model, config.height, config.width)
         self.device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
 
@@ -1036,10 +1018,20 @@ class Run:
         return sum(weight * self.rewards[name](images, prompts) for name, weight in self.weights.items())
 
     def evaluate(self):
-        """Scores and pictures of the fixed evaluation prompts and noise: see the function of that name."""
+        """Score the pictures of the fixed prompts and noise. Returns ({name: mean}, images (N, 3, H, W) on the CPU)."""
         sampling = Plan((False,) * self.config.sampling_steps)
-        return evaluate(lambda batch: self.generate(batch, sampling), self.evaluation, self.rewards,
-                        self.reward if self.weights else None, S1_RADIUS_TINY if self.config.tiny else S1_RADIUS)
+        totals, pictures = defaultdict(float), []
+        for batch in self.evaluation:
+            with torch.no_grad():
+                images = self.generate(batch, sampling)
+                scores = scores_by_name(self.rewards, images, batch.prompts)
+            if self.weights:
+                radius = S1_RADIUS_TINY if self.config.tiny else S1_RADIUS
+                scores["s1"] = reward_sharpness(self.reward, images, batch.prompts, radius)
+            for name, score in scores.items():
+                totals[name] += score.sum().item() / self.config.eval_images
+            pictures.append(images.cpu())
+        return dict(totals), torch.cat(pictures)
 
     def make_out(self):
         """Make the folder for the results, --out or the next free runs/NNN, with config.json in it."""
@@ -1053,7 +1045,7 @@ class Run:
             self.board = SummaryWriter(self.out)
 
     def write(self, record):
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl, and to tensorboard's log if wanted."""
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.config.tensorboard:
@@ -1169,6 +1161,8 @@ def print_table(columns, rows):
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as everything else here does."""
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 

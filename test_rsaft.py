@@ -178,7 +178,8 @@ def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression
     """By finite differences in float64 of an expression written out by hand: where the plan wants no gradient the
     parameters are held fixed, and with detach_input the network's inputs are the constants of the first rollout."""
     T = 10
-    steps, plan = toy_steps(T), rsaft.METHODS[method](T, rsaft.named_generator(method, draw), None)
+    K = 3 if method == "drtune" else None              # with its own K = 1 there would be no chain to detach
+    steps, plan = toy_steps(T), rsaft.METHODS[method](T, rsaft.named_generator(method, draw), K)
     xT, start = normal(1, *LATENT, dtype=torch.float64), torch.tensor([0.7, 0.3], dtype=torch.float64)
 
     def by_hand(theta, inputs=None):
@@ -484,14 +485,18 @@ def test_every_adapter_receives_gradient_after_the_second_update(pipe, pickscore
 
 # ---- Rewards -------------------------------------------------------------------------------------------------------
 
-def test_pixels_are_resized_as_clip_resizes_8_bit_pictures():
+@pytest.mark.parametrize("edges", ["soft", "hard"])                             # hard ones overshoot, hence the clamp
+def test_pixels_are_resized_as_clip_resizes_8_bit_pictures(edges):
     from PIL import Image
-    coarse = F.interpolate(normal(1, 3, 20, 30).sigmoid(), (300, 450), mode="bicubic").clamp(0, 1)
+    coarse = normal(1, 3, 20, 30).sigmoid() if edges == "soft" else (normal(1, 3, 20, 30) > 0).float()
+    coarse = F.interpolate(coarse, (300, 450), mode="bicubic" if edges == "soft" else "nearest").clamp(0, 1)
     picture = Image.fromarray((coarse[0].permute(1, 2, 0) * 255).round().byte().numpy())
     resized = picture.resize((336, 224), Image.BICUBIC).crop((56, 0, 280, 224))
     expected = torch.tensor(list(resized.tobytes())).view(224, 224, 3).permute(2, 0, 1) / 255
     mean, std = torch.tensor([rsaft.CLIP_MEAN, rsaft.CLIP_STD])[..., None, None]
-    assert_close(rsaft.clip_pixels(coarse, 224)[0] * std + mean, expected, rtol=0, atol=1.5 / 255)
+    error = (rsaft.clip_pixels(coarse, 224)[0] * std + mean - expected).abs()
+    off = (error > 1.5 / 255).float().mean()
+    assert off == 0 if edges == "soft" else off < 0.01      # PIL clips between its two passes too: a few pixels differ
 
 
 def test_pixels_of_the_right_size_are_only_normalised_so_that_every_one_carries_gradient():
@@ -789,6 +794,7 @@ def test_the_noise_of_a_sample_depends_on_its_name_alone():
     xT = whole.noise("xT", LATENT)
     assert torch.equal(torch.cat([part.noise("xT", LATENT) for part in parts]), xT)
     assert sum((part.prompts for part in parts), []) == whole.prompts
+    assert len({tuple(sample.flatten().tolist()) for sample in xT}) == 6               # each sample has its own
     others = [whole.noise("gaussian 0", LATENT), rsaft.micro_batches(PROMPTS[:6], (7, 4), 6)[0].noise("xT", LATENT),
               rsaft.micro_batches(PROMPTS[:6], (8, 3), 6)[0].noise("xT", LATENT), xT.roll(1, 0)]
     assert not any(torch.equal(other, xT) for other in others)

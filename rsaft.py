@@ -759,6 +759,7 @@ def evaluation_latents(count, shape):
 
 # ---- Models --------------------------------------------------------------------------------------------------------
 
+@functools.cache
 def find_model(model):
     """A folder or hub id as from_pretrained takes it: `model`, or its copy in the hub's cache if there's no network.
 

@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rsaft  # noqa: E402, found through the line above
+
+rsaft.quiet_libraries()                           # before diffusers' models are imported, which would warn
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-transformers.logging.set_verbosity_error()        # before diffusers, which would have it warn about torchvision
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = rsaft.HERE / "tiny"
 
 
 def stable_diffusion():
@@ -37,10 +39,7 @@ def stable_diffusion():
 
 def pickscore():
     """The shapes of PickScore_v1, a CLIP ViT-H/14."""
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu")
-    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
-                  image_size=224, hidden_act="gelu")
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024, logit_scale_init_value=4.6))
+    return CLIPModel(CLIPConfig(**rsaft.VIT_H, logit_scale_init_value=4.6))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,13 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 import time
 from collections import defaultdict, namedtuple
@@ -70,9 +73,11 @@ class Config:
     noise_draws: int = option(4, "number of random directions for --noise-type gaussian")
     sam: float = option(0.0, "perturb the weights, within radius RHO; 0.01 if no number is given",
                         nargs="?", const=1e-2, metavar="RHO")
+    sam_rollout: str = option("full", "the second rollout of --sam: all of it, or the steps with gradient",
+                              choices=("full", "window"))
     train_steps: int = option(200, "number of updates")
     sampling_steps: int = option(50, "DDIM steps of a rollout, T")
-    method: str = option("draft", "which part of the rollout is differentiated", 
+    method: str = option("draft", "which part of the rollout is differentiated",
                          choices=("draft", "draft-lv", "alignprop", "refl", "drtune"))
     grad_steps: int = option(None, "K, how many steps carry the gradient (default: the method's)")
     guidance_scale: float = option(7.5, "classifier-free guidance; 1 turns it off")
@@ -86,6 +91,10 @@ class Config:
     rank: int = option(16, "of the LoRA adapter")
     eval_every: int = option(20, "updates between evaluations; 0: no evaluation at all")
     eval_images: int = option(32, "pictures per evaluation")
+    gradient_checkpointing: bool = option(False, "recompute activations instead of keeping them: less memory, slower")
+    checkpoint_every: int = option(20, "updates between checkpoints; 0: only when the run ends")
+    resume: bool = option(False, "go on from the checkpoint in --out, or begin where there is none")
+    overwrite: bool = option(False, "replace the results of an earlier run in --out")
     stop_on_hacking: bool = option(False, "end the run when the alarm is raised")
     evaluate: str = option(None, "no training: judge the adapter in this folder", metavar="DIR")
     lora_scale: tuple = option((1.0,), "with --evaluate: how much of the adapter", nargs="+", type=float, metavar="X")
@@ -93,7 +102,7 @@ class Config:
     seed: int = option(0, "of everything random")
     dtype: str = option("float32", "of the frozen weights; the adapter is float32", choices=("float32", "bfloat16"))
     device: str = option(None, "cuda, mps or cpu (default: the first of them that is there)")
-    out: str = option(None, "a new or empty folder for the results (default: a new runs/NNN)")
+    out: str = option(None, "the folder for the results (default: a new runs/NNN)")
 
 
 # What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
@@ -172,6 +181,11 @@ class Plan:
     detach_input: bool = False
     renoised: int = 0
 
+    @property
+    def window(self):
+        """The index of the first step that carries a gradient; the number of steps if none does."""
+        return (*self.grad, True).index(True)
+
 
 def draw(rng, low, high):
     """An integer, uniform over low..high, both included."""
@@ -222,14 +236,16 @@ def drtune(T, rng, K=None):
 METHODS = {"draft": draft, "draft-lv": draft_lv, "alignprop": alignprop, "refl": refl, "drtune": drtune}
 
 
-def rollout(denoise, x, steps, plan):
+def rollout(denoise, x, steps, plan, first=0, stop=None):
     """Deterministic DDIM sampling that keeps the gradient where the plan says so.
 
-    denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT; steps: list of
-    Step. Returns the final latents, (B, C, h, w), with a graph through the steps of `plan.grad`.
+    denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT, or the latents
+    that step `first` begins with; steps: list of Step; stop: the step before which to stop, by default the plan's own.
+    Returns the final latents, (B, C, h, w), with a graph through the steps of `plan.grad`.
     """
-    for i, (step, carries_grad) in enumerate(zip(steps, plan.grad)):
-        with torch.set_grad_enabled(carries_grad and torch.is_grad_enabled()):
+    for i in range(first, len(plan.grad) if stop is None else stop):
+        step = steps[i]
+        with torch.set_grad_enabled(plan.grad[i] and torch.is_grad_enabled()):
             f = denoise(x.detach() if plan.detach_input else x, step.t)
         if plan.predict_x0 and i == len(plan.grad) - 1:
             return step.c * x + step.d * f
@@ -241,6 +257,18 @@ def renoise(denoise, x0, step, noise):
     """DRaFT-LV's extra picture: latents x0, taken as constants, noised to `step` and predicted again in one call."""
     x = step.alpha * x0.detach() + step.sigma * noise
     return step.c * x + step.d * denoise(x, step.t)
+
+
+def network_evaluations(plan, guided=True, second_rollout=False, window=False):
+    """The UNet evaluations that a picture costs: (without gradient, with gradient).
+
+    For a plan of S steps, K of them with gradient, the first of those at index w, and n renoised pictures:
+    g (S - K) and g (K + n), with g = 2 under guidance, else 1. A second rollout costs the same again, or, if it is but
+    the window from w on, g (S - K - w) and g (K + n).
+    """
+    g, S, K, w = 1 + guided, len(plan.grad), sum(plan.grad), plan.window
+    again = 0 if not second_rollout else S - K - w if window else S - K
+    return g * (S - K + again), g * (K + plan.renoised) * (1 + second_rollout)
 
 
 def make_denoise(unet, prompt_embeds, negative_embeds, guidance_scale):
@@ -351,27 +379,41 @@ class Batch:
     noise: Callable
 
 
-def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussian_draws=0):
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over all processes of torch.distributed; a process alone changes nothing."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussian_draws=0, window=False):
     """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in `params`' .grad.
 
     It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain gradient of Eq. 4.
 
-    batches: list of Batch, the micro-batches of one update; generate: Batch -> images with a graph to `params`, the
-    same each time for the same weights, (n B, 3, H, W) for the n pictures of each prompt; reward: (images, prompts)
-    -> one value per image; rho: radius of the pictures' perturbation; rho_w: radius of the weights';
+    batches: list of Batch, the micro-batches of one update; with several processes, those of this one.
+    generate: (Batch, start) -> (images, start), the same each time for the same weights: images (n B, 3, H, W), n of
+    each prompt, with a graph to `params`; start None is a whole rollout, and the start that is returned lets a later
+    call begin where the gradient does.
+    reward: (images, prompts) -> one value per image. rho: radius of the pictures' perturbation; rho_w: of the weights'.
     gaussian_draws: if not 0, the mean over that many random directions of norm rho takes the worst one's place.
+    window: leave out of the second rollout what carries no gradient. That is not the paper's: the weights' perturbation
+    then reaches the picture through those steps alone that are differentiated.
 
     Returns a dict of floats, means over the pictures: the reward (of the first picture of each prompt) and, for each
     perturbation that is on, the norm reached, the fall of the reward that the first order predicts, and the fall
-    measured.
+    measured. Every picture costs 1 evaluation of the reward, or with rho 1 + m for m directions (1, or gaussian_draws);
+    rho_w adds m, and 1 more if there is a rho.
     """
-    total, log, kept = sum(len(batch.prompts) for batch in batches), defaultdict(float), []
+    count = torch.tensor(sum(len(batch.prompts) for batch in batches))
+    sum_over_processes([count])
+    total, log, kept = count.item(), defaultdict(float), []
     for p in params:
         p.grad = None
     for batch in batches:                                                      # first pass, at theta
-        x0 = generate(batch)
+        x0, start = generate(batch, None)
         n = len(x0) // len(batch.prompts)
-        prompts, share = batch.prompts * n, 1 / (total * n)                    # one picture's share in the mean
+        prompts, share = batch.prompts * n, 1 / (total * n)             # one picture's share in the mean
         r, g = reward_gradient(reward, x0, prompts)
         log["reward"] += r[:len(batch.prompts)].sum().item() / total
         uphill, deltas = g, [0.0]
@@ -390,26 +432,32 @@ def rsaft_gradient(batches, generate, reward, params, rho=0.0, rho_w=0.0, gaussi
                 log["noise_fall_predicted"] -= share * (g * delta).sum().item() / len(deltas)
                 log["noise_norm"] += share * reached.sum().item() / len(deltas)
         x0.backward(share * uphill)
-        kept.append((deltas, r))
+        kept.append((start if window else None, deltas, r))
+    sum_over_processes([p.grad for p in params])
 
     if rho_w > 0:
         # Only now, with the whole batch seen, is the gradient known whose direction e takes.
         grads = [p.grad for p in params]
         epsilons = parameter_perturbation(grads, rho_w)                                          # e, Eq. 17
-        log["sam_fall_predicted"] = -sum((grad * e).sum().item() for grad, e in zip(grads, epsilons))
+        predicted = -sum((grad * e).sum().item() for grad, e in zip(grads, epsilons))
         for p in params:
             p.grad = None
         with perturbed(params, epsilons) as reached:
-            log["sam_norm"] = nn.utils.get_total_norm(reached).item()
-            for batch, (deltas, r) in zip(batches, kept):                      # second pass, at theta + e
-                x0 = generate(batch)
+            norm = nn.utils.get_total_norm(reached).item()
+            for batch, (start, deltas, r) in zip(batches, kept):               # second pass, at theta + e
+                x0, _ = generate(batch, start)
                 r_e, g = reward_gradient(reward, x0, batch.prompts * n, deltas)      # at x0' + d: Eq. 19
                 x0.backward(share * g)
                 if rho > 0:                                                    # at x0', for the log alone
                     with torch.no_grad():
                         r_e = reward(x0, batch.prompts * n)
                 log["sam_fall_measured"] += share * (r - r_e).sum().item()
-    return dict(log)
+        sum_over_processes([p.grad for p in params])
+
+    sums = torch.tensor(list(log.values()), dtype=torch.float64)               # these are of this process alone
+    sum_over_processes([sums])
+    log = dict(zip(log, sums.tolist()))
+    return {**log, "sam_norm": norm, "sam_fall_predicted": predicted} if rho_w > 0 else log
 
 
 # ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
@@ -467,11 +515,34 @@ def lora_scale(unet, scale):
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
-def save_lora(unet, folder):
-    """Write the adapter so that diffusers' load_lora_weights(folder) takes it."""
-    from safetensors.torch import save_file
+def write_whole(path, content):
+    """Write bytes to a file that has at any moment, whatever happens, all of its old content or all of the new."""
+    new = Path(f"{path}.new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def save_lora(adapter, folder):
+    """Write an adapter, named as in `lora_parameters`, so that diffusers' load_lora_weights(folder) takes it."""
+    from safetensors.torch import save
     Path(folder).mkdir(exist_ok=True)
-    save_file({key: p.detach().cpu() for key, p in lora_parameters(unet).items()}, Path(folder, ADAPTER))
+    write_whole(Path(folder, ADAPTER), save({key: p.detach().cpu() for key, p in adapter.items()}))
+
+
+def set_lora(unet, state):
+    """Copy an adapter, named as in `lora_parameters`, into the UNet's own. Raises ValueError if the names differ."""
+    own = lora_parameters(unet)
+    if own.keys() != state.keys():
+        raise ValueError(f"surplus or missing: {sorted(own.keys() ^ state.keys())}")
+    with torch.no_grad():
+        for key, tensor in state.items():
+            own[key].copy_(tensor)
 
 
 def load_lora(unet, folder):
@@ -480,12 +551,7 @@ def load_lora(unet, folder):
     with explained(f"the adapter in {folder} doesn't fit this model"):
         state = load_file(Path(folder, ADAPTER))
         add_lora(unet, next(tensor.shape[0] for key, tensor in state.items() if key.endswith(".lora_A.weight")))
-        own = lora_parameters(unet)
-        if own.keys() != state.keys():
-            raise ValueError(f"surplus or missing: {sorted(own.keys() ^ state.keys())}")
-        with torch.no_grad():
-            for key, tensor in state.items():
-                own[key].copy_(tensor)
+        set_lora(unet, state)
 
 
 # ---- Six rewards -----------------------------------------------------------------------------------------------------
@@ -512,6 +578,12 @@ def clip_pixels(images, size, pad=False):
     return (images - mean) / std
 
 
+def frozen(device, *modules):
+    """Put modules where they are used, for use alone."""
+    for module in modules:
+        module.to(device).eval().requires_grad_(False)
+
+
 def tokenizer(files, length, device):
     """A function of B prompts to input_ids and attention_mask, (B, length) each: truncated, padded to the maximum."""
     from transformers import AutoTokenizer
@@ -522,7 +594,7 @@ def tokenizer(files, length, device):
 
 def clip_reward(model, files, device, scale, pad=False):
     """scale * cosine of text and image under a transformers CLIPModel."""
-    model = model.to(device).eval().requires_grad_(False)
+    frozen(device, model)
     tokens = tokenizer(files, model.config.text_config.max_position_embeddings, device)
 
     def reward(images, prompts):
@@ -637,8 +709,7 @@ def imagereward(files, device):
     vision.load_state_dict(renamed(seen, BLIP_VISION))
     text.load_state_dict(said)
     head = linear_head(mlp)
-    for module in vision, text, head:
-        module.to(device).eval().requires_grad_(False)
+    frozen(device, vision, text, head)
     tokens = tokenizer(files, 35, device)
 
     def reward(images, prompts):
@@ -652,8 +723,7 @@ def imagereward(files, device):
 def aesthetic(files, device):
     """The LAION aesthetic predictor: a linear head on CLIP ViT-L/14, about 1 to 10; it ignores the prompt."""
     clip, head = load_clip(files), linear_head(load_checkpoint(files, "aesthetic-model.pth"))
-    for module in clip, head:
-        module.to(device).eval().requires_grad_(False)
+    frozen(device, clip, head)
 
     def reward(images, prompts):
         pixels = clip_pixels(images, clip.config.vision_config.image_size)
@@ -761,24 +831,21 @@ def evaluation_latents(count, shape):
 
 @functools.cache
 def find_model(model):
-    """A folder or hub id as from_pretrained takes it: `model`, or its copy in the hub's cache if there's no network.
+    """A folder or hub id as from_pretrained takes it: `model`, or without a network its copy in the hub's cache.
 
     One short probe instead of minutes of retries. Raises UserError if there is no such model.
     """
     if Path(model).is_dir():
         return model
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     try:
         HfApi().model_info(model, timeout=2)
         return model
-    except (HFValidationError, RepositoryNotFoundError):
-        raise UserError(f"{model} is neither a folder here nor a model on the hub") from None
-    except Exception:
+    except Exception as error:
         with contextlib.suppress(Exception):
             return snapshot_download(model, local_files_only=True)
-        raise UserError(f"{model} is no folder here, and the hub can't be reached; name local folders "
-                        "(--model DIR, --models DIR), or try --tiny") from None
+        raise UserError(f"{model} is no folder here, and the hub doesn't have it or can't be reached "
+                        f"({type(error).__name__}); name local folders (--model DIR, --models DIR), or try --tiny")
 
 
 def model_size(model, height=None, width=None):
@@ -789,16 +856,17 @@ def model_size(model, height=None, width=None):
     """
     from huggingface_hub import hf_hub_download
     locate = Path if Path(model).is_dir() else hf_hub_download
-    with explained(f"{model} is no diffusers model"):
+    with explained(f"{model} is no Stable Diffusion 1 or 2, the only models supported"):
         kind, unet, vae = (json.loads(Path(locate(model, name)).read_text())
                            for name in ("model_index.json", "unet/config.json", "vae/config.json"))
-    if kind["_class_name"] != "StableDiffusionPipeline":
-        raise UserError(f"{model} is a {kind['_class_name']}; only Stable Diffusion 1 and 2 are supported")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    height, width = height or factor * unet["sample_size"], width or factor * unet["sample_size"]
+        for part, name in (kind, "StableDiffusionPipeline"), (unet, "UNet2DConditionModel"), (vae, "AutoencoderKL"):
+            if part["_class_name"] != name:
+                raise ValueError(f"it has a {part['_class_name']} where a {name} should be")
+        channels, factor = unet["in_channels"], 2 ** (len(vae["block_out_channels"]) - 1)
+        height, width = height or factor * unet["sample_size"], width or factor * unet["sample_size"]
     if height % factor or width % factor:
         raise UserError(f"--height and --width must be multiples of {factor} for this model, not {height} and {width}")
-    return (unet["in_channels"], height // factor, width // factor), height, width
+    return (channels, height // factor, width // factor), height, width
 
 
 def load_pipeline(model, dtype=torch.float32, device="cpu"):
@@ -807,16 +875,22 @@ def load_pipeline(model, dtype=torch.float32, device="cpu"):
     with explained(f"the model {model} doesn't load"):
         pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None, feature_extractor=None,
                                                        requires_safety_checker=False)
-    for module in pipe.unet, pipe.vae, pipe.text_encoder:
-        module.to(device).eval().requires_grad_(False)
+    frozen(device, pipe.unet, pipe.vae, pipe.text_encoder)
     return pipe
 
 
-def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
-    """A function generate(batch, plan) -> images (B, 3, H, W), from the parts of a StableDiffusionPipeline.
+def checkpoint_gradients(pipe):
+    """Recompute the activations of UNet and VAE in the backward pass instead of keeping them."""
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.vae.enable_gradient_checkpointing()
 
-    With plan.renoised = n there are n + 1 times as many, the sample's own B first. The scheduler is DDIM, made from the
-    pipeline's own. A prompt goes through the text encoder once and is kept.
+
+def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
+    """A function generate(batch, start=None, *, plan) -> (images, start), from a StableDiffusionPipeline's parts.
+
+    start: the latents at the first step with gradient, (B, *latent_shape); None is a rollout from xT. images:
+    (B, 3, H, W); with plan.renoised = n there are n + 1 times as many, the sample's own B first. The scheduler is DDIM,
+    made from the pipeline's own. A prompt goes through the text encoder once and is kept.
     Raises UserError for a scheduler that DDIM can't follow.
     """
     from diffusers import DDIMScheduler
@@ -828,13 +902,15 @@ def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
     def embed(prompt):
         return pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
 
-    def generate(batch, plan):
+    def generate(batch, start=None, *, plan):
         prompt_embeds = torch.cat([embed(prompt) for prompt in batch.prompts])
         denoise = make_denoise(pipe.unet, prompt_embeds, embed("").expand_as(prompt_embeds), guidance_scale)
-        latents = [rollout(denoise, batch.noise("xT", latent_shape), steps, plan)]
+        if start is None:
+            start = rollout(denoise, batch.noise("xT", latent_shape), steps, plan, stop=plan.window)
+        latents = [rollout(denoise, start, steps, plan, first=plan.window)]
         for k in range(plan.renoised):
             latents.append(renoise(denoise, latents[0], steps[-1], batch.noise(f"renoise {k}", latent_shape)))
-        return decode(pipe.vae, torch.cat(latents))
+        return decode(pipe.vae, torch.cat(latents)), start
 
     return generate
 
@@ -883,9 +959,8 @@ def is_hacking(trained, held_out, patience=3):
 
 
 def save_grid(images, path, columns=4):
-    """The first 16 images as one PNG; small ones are enlarged by a whole factor, so that a person sees something."""
+    """The images as one PNG; small ones are enlarged by a whole factor, so that a person sees something."""
     from PIL import Image
-    images = images[:16]
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=1.0)
     rows = [torch.cat(list(row), dim=-1) for row in images.split(columns)]
     factor = max(1, 128 // images.shape[-2])
@@ -897,6 +972,12 @@ def save_grid(images, path, columns=4):
 
 class RunStopped(Exception):
     """The run ended early; what it had is saved. `main` prints it as one line and exits with 1."""
+
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; rank 0 writes
+CHECKPOINT = "checkpoint.pt"
+MAY_CHANGE = ("train_steps", "micro_batch_size", "gradient_checkpointing", "device", "checkpoint_every", "resume",
+              "overwrite", "stop_on_hacking", "tensorboard", "out", "versions")  # in a run that is resumed
 
 
 def split_weight(text):
@@ -914,16 +995,16 @@ def check(config):
         if not condition:
             raise UserError(message)
 
-    may_be_zero = ("tiny", "noise", "sam", "weight_decay", "eval_every", "guidance_scale", "seed", "stop_on_hacking",
-                   "tensorboard")
+    may_be_zero = ("noise", "sam", "weight_decay", "eval_every", "checkpoint_every", "guidance_scale", "seed")
     for name, value in asdict(config).items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             require(0 <= value < math.inf and (value > 0 or name in may_be_zero),
                     f"--{name.replace('_', '-')} can't be {value}")
     with explained(f"--grad-steps {config.grad_steps} won't do with --sampling-steps {config.sampling_steps}"):
         METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
-    require(config.batch_size % (config.micro_batch_size or 1) == 0,
-            f"--micro-batch-size {config.micro_batch_size} does not divide --batch-size {config.batch_size}")
+    parts = PROCESSES * (config.micro_batch_size or 1)
+    require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} can't be divided by --micro-batch-size "
+            f"times the number of processes, {parts}")
     trained = [] if config.evaluate else [split_weight(text) for text in config.reward]
     require(all(map(math.isfinite, dict(trained).values())), f"--reward {' '.join(config.reward)}: give finite weights")
     names = [short_name(name) for name in [*(name for name, _ in trained), *config.eval_reward]]
@@ -934,16 +1015,22 @@ def check(config):
         kind = config.device.partition(":")[0]
         require(kind in ("cuda", "mps", "cpu") and getattr(torch, kind).is_available(),
                 f"--device {config.device} is not here; leave the flag out, or use cpu")
+    require(config.out or not (config.resume or config.overwrite), "--resume and --overwrite need the folder: --out")
+    require(not (config.resume and (config.overwrite or config.evaluate)),
+            "--resume goes with neither --overwrite nor --evaluate")
     if config.out:
         path = Path(config.out).absolute()
         parent = next(p for p in (path, *path.parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: can't write to {parent}")
-        require(parent != path or not any(path.iterdir()), f"--out {config.out} is not empty; name a new folder")
+        if parent == path and any(path.iterdir()):
+            require(config.resume or config.overwrite, f"--out {config.out} is not empty; name another folder, or say "
+                    "--resume or --overwrite")
+            require((path / "config.json").is_file(), f"--out {config.out} is not empty and holds no run; name another")
     if config.evaluate:
         require(Path(config.evaluate, ADAPTER).is_file(), f"--evaluate {config.evaluate}: there is no {ADAPTER} in it")
         require(config.eval_reward, "--evaluate needs the scores to judge by: --eval-reward")
-    require(config.eval_every or not config.stop_on_hacking, "--stop-on-hacking needs evaluations: --eval-every")
-    require(config.eval_reward or not config.stop_on_hacking, "--stop-on-hacking needs a held-out score: --eval-reward")
+    if config.stop_on_hacking:
+        require(config.eval_every and config.eval_reward, "--stop-on-hacking needs --eval-every and --eval-reward")
     if config.tensorboard:
         with explained("--tensorboard needs a package that isn't here, pip install tensorboard"):
             importlib.import_module("torch.utils.tensorboard")
@@ -997,9 +1084,17 @@ class Run:
             reward_files(name, config.models)
         latent_shape, height, width = model_size(model, config.height, config.width)
         self.device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
+        digest = hashlib.sha256(repr((self.prompts, eval_prompts)).encode()).hexdigest()
+        settings = {**asdict(config), "height": height, "width": width, "device": self.device, "prompts_sha256": digest}
+        self.settings = json.loads(json.dumps(settings))
+        self.saved = self.read_checkpoint() if config.resume else None
 
         print(f"loading {', '.join(names)} and {config.model}".replace(f"{HERE}{os.sep}", ""), flush=True)
-        versions = quiet_libraries()
+        self.settings["versions"] = quiet_libraries()
+        if PROCESSES > 1:
+            if self.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group()
         made = {name: make_reward(name, config.models, self.device)
                 for name in sorted(names, key=REWARDS.__contains__)}  # the reader's own first: they fail fastest
         self.rewards = {name: made[name] for name in names}
@@ -1009,49 +1104,141 @@ class Run:
                 check_reward(name, made[name], shown[first:first + 32], height, width, self.device,
                              differentiable=name in self.weights)
         self.pipe = load_pipeline(model, getattr(torch, config.dtype), self.device)
+        if config.gradient_checkpointing:
+            checkpoint_gradients(self.pipe)
         self.generate = make_generate(self.pipe, config.sampling_steps, config.guidance_scale, latent_shape)
-        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.micro_batch_size = config.micro_batch_size or config.batch_size // PROCESSES
         self.evaluation = evaluation_batches(eval_prompts, config.eval_images, self.micro_batch_size, self.device)
-        self.settings = {**asdict(config), "height": height, "width": width, "device": self.device, **versions}
+        self.counts = defaultdict(int)
+        self.pipe.unet.register_forward_pre_hook(self.count_network)
+
+    def count_network(self, unet, inputs):
+        """One network evaluation is one UNet forward of one sample; those with gradient are counted apart."""
+        gradient = "with" if torch.is_grad_enabled() else "without"
+        self.counts[f"network_evaluations_{gradient}_gradient"] += len(inputs[0]) * PROCESSES
 
     def reward(self, images, prompts):
         """What is maximised: the weighted sum of the training rewards, (B,)."""
+        self.counts["reward_evaluations"] += len(images) * PROCESSES
         return sum(weight * self.rewards[name](images, prompts) for name, weight in self.weights.items())
 
     def evaluate(self):
-        """Score the pictures of the fixed prompts and noise. Returns ({name: mean}, images (N, 3, H, W) on the CPU)."""
-        sampling = Plan((False,) * self.config.sampling_steps)
-        totals, pictures = defaultdict(float), []
-        for batch in self.evaluation:
+        """Score the pictures of the fixed prompts and noise. Returns {name: mean} and the first 16 pictures."""
+        sampling, parts = Plan((False,) * self.config.sampling_steps), {}
+        for i in range(RANK, len(self.evaluation), PROCESSES):
+            batch = self.evaluation[i]
             with torch.no_grad():
-                images = self.generate(batch, sampling)
+                images, _ = self.generate(batch, plan=sampling)
                 scores = scores_by_name(self.rewards, images, batch.prompts)
             if self.weights:
                 radius = S1_RADIUS_TINY if self.config.tiny else S1_RADIUS
                 scores["s1"] = reward_sharpness(self.reward, images, batch.prompts, radius)
-            for name, score in scores.items():
-                totals[name] += score.sum().item() / self.config.eval_images
-            pictures.append(images.cpu())
-        return dict(totals), torch.cat(pictures)
+            shown = max(0, 16 - i * self.micro_batch_size)
+            parts[i] = {name: score.sum().item() for name, score in scores.items()}, images[:shown].cpu()
+        if PROCESSES > 1:
+            gathered = [None] * PROCESSES
+            torch.distributed.all_gather_object(gathered, parts)
+            parts = {i: part for process in gathered for i, part in process.items()}
+        scores, pictures = zip(*(parts[i] for i in range(len(self.evaluation))))
+        return ({name: sum(score[name] for score in scores) / self.config.eval_images for name in scores[0]},
+                torch.cat(pictures))
 
-    def make_out(self):
-        """Make the folder for the results, --out or the next free runs/NNN, with config.json in it."""
+    def read_checkpoint(self):
+        """What `save` wrote to --out; None where there is nothing yet. Raises UserError if it is another run's."""
+        path = Path(self.config.out, CHECKPOINT)
+        if not path.is_file():
+            return None
+        with explained(f"--resume: the run in {self.config.out} can't be read"):
+            then = json.loads(Path(self.config.out, "config.json").read_text())
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in then.items():
+            if name not in MAY_CHANGE and value != self.settings.get(name):
+                raise UserError(f"--resume: the run in {self.config.out} has {name} {value}, not "
+                                f"{self.settings.get(name)}; the same flags are needed")
+        if saved["step"] > self.config.train_steps:
+            raise UserError(f"--resume: the run in {self.config.out} is past --train-steps {self.config.train_steps}")
+        return saved
+
+    def open_out(self):
+        """Begin to write, in --out or the next free runs/NNN. What is there goes, or what came after its checkpoint."""
         free = (f"runs/{number:03d}" for number in range(10 ** 6) if not Path(f"runs/{number:03d}").exists())
         self.out = Path(self.config.out or next(free))
-        (self.out / "samples").mkdir(parents=True)
-        text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
-        (self.out / "config.json").write_text(text + "\n")
-        if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.out)
+        if RANK > 0:
+            return
+        with self.writing():
+            log, samples, best = self.out / "log.jsonl", self.out / "samples", self.out / "best"
+            if self.saved:
+                os.truncate(log, self.saved["log_bytes"])
+                for picture in samples.glob("step_*.png"):
+                    if int(picture.stem.removeprefix("step_")) > self.saved["step"]:
+                        picture.unlink()
+            else:
+                for path in self.out / CHECKPOINT, self.out / ADAPTER, log:
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(samples, ignore_errors=True)
+                shutil.rmtree(best, ignore_errors=True)
+            samples.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
+            write_whole(self.out / "config.json", (text + "\n").encode())
+            log.touch()
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.out, purge_step=self.saved["step"] + 1 if self.saved else 0)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Inside the with block a full disk and the like end the run in one line; no file is left half written."""
+        try:
+            yield
+        except OSError as error:
+            raise RunStopped(f"can't write to {self.out} ({error}); nothing that was there is lost, mend that and go on "
+                             f"with --resume --out {self.out}") from error
 
     def write(self, record):
         """Append a line to log.jsonl, and to tensorboard's log if wanted."""
-        with open(self.out / "log.jsonl", "a") as file:
+        if RANK > 0:
+            return
+        with self.writing(), open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.config.tensorboard:
             for name, value in record.items():
                 self.board.add_scalar(("eval/" if "eval" in record else "train/") + name, value, record["step"])
+
+    def save(self, step, history, best, optimizer):
+        """Write the last adapter, the best one, and all that a resumed run needs (random numbers go by their names)."""
+        if RANK > 0:
+            return
+        with self.writing():
+            adapter = lora_parameters(self.pipe.unet)
+            save_lora(adapter, self.out)
+            if best:
+                save_lora(best["adapter"], self.out / "best")
+                text = json.dumps({name: value for name, value in best.items() if name != "adapter"})
+                write_whole(self.out / "best" / "best.json", (text + "\n").encode())
+            state, content = {"step": step, "history": history, "best": best, "adapter": adapter, "optimizer":
+                              optimizer.state_dict(), "log_bytes": (self.out / "log.jsonl").stat().st_size}, io.BytesIO()
+            torch.save(state, content)
+            write_whole(self.out / CHECKPOINT, content.getvalue())
+
+
+@contextlib.contextmanager
+def patient():
+    """Inside the with block the first Ctrl-C or SIGTERM only makes the list that this yields true; the second acts."""
+    def note(number, frame):
+        print("finishing this update; once more to stop at once", file=sys.stderr)
+        asked.append(number)
+        restore()
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    asked = []
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def train(config):
@@ -1060,76 +1247,105 @@ def train(config):
     params = add_lora(run.pipe.unet, config.rank, named_generator(config.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=config.weight_decay, maximize=True)
+    step, history, best = 0, [], None                          # updates done, evaluations as logged, best adapter
+    if run.saved:
+        with explained(f"the checkpoint in {config.out} doesn't fit this model"):
+            set_lora(run.pipe.unet, run.saved["adapter"])
+            optimizer.load_state_dict(run.saved["optimizer"])
+            step, history, best = run.saved["step"], run.saved["history"], run.saved["best"]
 
-    def make_plan(update):
-        rng = named_generator(config.seed, update, "plan")
+    def make_plan():
+        rng = named_generator(config.seed, step, "plan")
         return METHODS[config.method](config.sampling_steps, rng, config.grad_steps)
 
-    plan = make_plan(0)
-    calls = config.batch_size * (2 if config.guidance_scale > 1 else 1) * (2 if config.sam else 1)
-    print(f"{run.device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update 1 takes "
-          f"{calls * plan.grad.count(False)} network evaluations without gradient, "
-          f"{calls * (plan.grad.count(True) + plan.renoised)} with")
+    window = config.sam_rollout == "window"
+    costs = network_evaluations(make_plan(), config.guidance_scale > 1, config.sam > 0, window)
+    print(f"{run.device} x {PROCESSES}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update "
+          f"{step + 1} takes {config.batch_size * costs[0]} network evaluations without gradient, "
+          f"{config.batch_size * costs[1]} with")
     if not config.eval_reward:
         print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
-    run.make_out()
+    run.open_out()
     from tqdm import tqdm
-    progress = tqdm(range(1, config.train_steps + 1), unit="update")
-    history, trained, held_out, alarms = [], [], [], []
+    progress = tqdm(total=config.train_steps, initial=step, unit="update", disable=RANK > 0)
 
-    def evaluate_now(step):
+    def evaluate_now():
+        nonlocal best
         scores, pictures = run.evaluate()
-        save_grid(pictures, run.out / "samples" / f"step_{step:06d}.png")
-        history.append(scores)
-        trained.append(sum(weight * scores[short_name(name)] for name, weight in run.weights.items()))
+        names = list(scores)                                   # those trained on, those held out, s1
+        history.append({"eval": True, "step": step, **scores, "alarm": False})
         if config.eval_reward:
-            first = short_name(config.eval_reward[0])       # of a function that returns a dict, its first key
-            judge = next(name for name in scores if name == first or name.startswith(first + "_"))
-            held_out.append(scores[judge])
-            if held_out[-1] > max(held_out[:-1], default=-math.inf):
-                save_lora(run.pipe.unet, run.out / "best")
-                (run.out / "best" / "best.json").write_text(json.dumps({"step": step, judge: scores[judge]}) + "\n")
-        if is_hacking(trained, held_out):
-            alarms.append(step)
+            trained = [sum(w * record[name] for w, name in zip(run.weights.values(), names)) for record in history]
+            judge = names[len(run.weights)]
+            history[-1]["alarm"] = is_hacking(trained, [record[judge] for record in history])
+            if best is None or scores[judge] > best[judge]:
+                adapter = {key: p.detach().clone() for key, p in lora_parameters(run.pipe.unet).items()}
+                best = {"step": step, judge: scores[judge], "adapter": adapter}
+        if history[-1]["alarm"]:
             progress.set_description("ALARM: reward hacking")
-        run.write({"eval": True, "step": step, **scores, "alarm": step in alarms})
+        run.write(history[-1])
+        if RANK == 0:
+            with run.writing():
+                save_grid(pictures, run.out / "samples" / f"step_{step:06d}.png")
+
+    def update():
+        """One update of the weights, and its line in the log."""
+        nonlocal step
+        began, plan = time.perf_counter(), make_plan()
+        prompts = training_prompts(run.prompts, config.seed, step, config.batch_size)
+        batches = micro_batches(prompts, (config.seed, step), run.micro_batch_size, run.device)[RANK::PROCESSES]
+        run.counts.clear()
+        record = rsaft_gradient(batches, functools.partial(run.generate, plan=plan), run.reward, params, config.noise,
+                                config.sam, config.noise_draws if config.noise_type == "gaussian" else 0, window)
+        record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
+        if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
+            run.save(step, history, best, optimizer)
+            raise RunStopped(f"update {step + 1} has no finite gradient ({record}); the last good adapter: {run.out}")
+        optimizer.step()
+        step += 1
+        record["seconds"] = time.perf_counter() - began
+        run.write({"step": step, **record, **run.counts, "peak_gb": peak_gb(run.device)})
+        progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
+        progress.update()
 
     try:
-        if config.eval_every:
-            evaluate_now(0)
-        for step in progress:
-            start, plan = time.perf_counter(), make_plan(step - 1)
-            prompts = training_prompts(run.prompts, config.seed, step - 1, config.batch_size)
-            batches = micro_batches(prompts, (config.seed, step - 1), run.micro_batch_size, run.device)
-            record = rsaft_gradient(batches, lambda batch: run.generate(batch, plan), run.reward, params, config.noise,
-                                    config.sam, config.noise_draws if config.noise_type == "gaussian" else 0)
-            record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
-            if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
-                raise RunStopped(f"update {step} has no finite gradient ({record}); the last good adapter: {run.out}")
-            optimizer.step()
-            record["seconds"] = time.perf_counter() - start
-            run.write({"step": step, **record, "peak_gb": peak_gb(run.device)})
-            progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
-            if config.eval_every and (step % config.eval_every == 0 or step == config.train_steps):
-                evaluate_now(step)
-                if config.stop_on_hacking and alarms:
+        with patient() as asked_to_stop:
+            while True:
+                last = step == config.train_steps
+                if config.eval_every and (last or step % config.eval_every == 0) and (
+                        not history or history[-1]["step"] < step):
+                    evaluate_now()
+                last = last or config.stop_on_hacking and any(record["alarm"] for record in history)
+                stop = torch.tensor(len(asked_to_stop))
+                sum_over_processes([stop])                     # all processes stop at the same step
+                if last or stop or step and config.checkpoint_every and step % config.checkpoint_every == 0:
+                    run.save(step, history, best, optimizer)
+                if last:
                     break
-    except KeyboardInterrupt:
-        raise RunStopped(f"stopped by hand; the adapter as it was then is in {run.out}") from None
+                if stop:
+                    raise RunStopped(f"stopped after update {step}; the same command with --resume --out {run.out} "
+                                     "goes on")
+                update()
+    except RunStopped:
+        raise
+    except Exception:
+        run.save(step, history, best, optimizer)
+        raise
     finally:
         progress.close()
-        save_lora(run.pipe.unet, run.out)
 
     print()
     if history:
-        roles = {short_name(name): "trained on" for name in run.weights} | {"s1": "sharpness"}
-        rows = {f"{name} ({roles.get(name, 'held out')})": [scores[name] for scores in (history[0], history[-1])]
-                for name in history[0]}
-        print_table(["before", "after", "change"], {name: [a, b, b - a] for name, (a, b) in rows.items()})
-    if held_out:
-        print(f"best {(run.out / 'best' / 'best.json').read_text().strip()}")
+        names = [name for name in history[0] if name not in ("eval", "step", "alarm")]
+        roles = ["trained on"] * len(run.weights) + ["held out"] * (len(names) - len(run.weights) - 1) + ["sharpness"]
+        print_table(["before", "after", "change"], {
+            f"{name} ({role})": [history[0][name], history[-1][name], history[-1][name] - history[0][name]]
+            for name, role in zip(names, roles)})
+    if best:
+        print("best", {name: value for name, value in best.items() if name != "adapter"})
+    alarms = [record["step"] for record in history if record["alarm"]]
     print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell" if alarms
-          else "no alarm" if held_out else "nothing was held out, so reward hacking could not be seen")
+          else "no alarm" if best else "nothing was held out, so reward hacking could not be seen")
     print(f"adapter, log.jsonl, config.json and samples/ are in {run.out}")
 
 
@@ -1137,13 +1353,14 @@ def judge(config):
     """Score a saved adapter at several scales, beside the base model (scale 0). Raises UserError."""
     run = Run(config)
     load_lora(run.pipe.unet, config.evaluate)
-    run.make_out()
+    run.open_out()
     rows, base = {}, None
     for scale in (0.0, *config.lora_scale):
         with lora_scale(run.pipe.unet, scale):
             scores, pictures = run.evaluate()
         base = pictures if base is None else base
-        save_grid(torch.cat([base, pictures], dim=-1), run.out / "samples" / f"scale_{scale:g}.png")
+        if RANK == 0:
+            save_grid(torch.cat([base, pictures], dim=-1), run.out / "samples" / f"scale_{scale:g}.png")
         run.write({"eval": True, "step": 0, "lora_scale": scale, **scores})
         rows[f"scale {scale:g}" if scale else "base model"] = scores.values()
     print_table(scores, rows)
@@ -1198,15 +1415,23 @@ def parse(argv=None):
 def main(argv=None):
     """Run a command line. Returns the exit code: 0, 2 for what the user can put right, 1 for a run that stopped."""
     try:
-        config = parse(argv)
-        (judge if config.evaluate else train)(config)
+        with contextlib.redirect_stdout(None if RANK > 0 else sys.stdout):
+            config = parse(argv)
+            (judge if config.evaluate else train)(config)
         return 0
     except (UserError, RunStopped) as error:
         print(f"rsaft.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError:
-        print("rsaft.py: out of memory; try a smaller --micro-batch-size, or --dtype bfloat16", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("rsaft.py: stopped by hand; what the last checkpoint holds is saved", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        print("rsaft.py: out of memory; try --gradient-checkpointing, a smaller --micro-batch-size, --dtype bfloat16",
+              file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

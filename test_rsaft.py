@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_rollout_makes_the_pictures_of_the_diffusers_pipeline(pipe, guidance
                     height=height, width=width, output_type="pt").images
     generate = rsaft.make_generate(pipe, 10, guidance_scale, shape)
     with torch.no_grad():
-        images = generate(rsaft.evaluation_batches(PROMPTS, 4, 4)[0], sampling(10))
+        images = generate(rsaft.evaluation_batches(PROMPTS, 4, 4)[0], plan=sampling(10))[0]
     assert images.dtype == torch.float32 and images.shape == (4, 3, height, width)
     assert_close(images, expected, rtol=0, atol=1e-4)
 
@@ -216,9 +217,10 @@ def test_renoising_undoes_itself_when_the_noise_is_known_and_gives_x0_no_gradien
 def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tmp_path, monkeypatch, method):
     taken, rollout = [], rsaft.rollout
 
-    def watched(denoise, x, steps, plan):
-        taken.append((plan, x))
-        return rollout(denoise, x, steps, plan)
+    def watched(denoise, x, steps, plan, first=0, stop=None):
+        if first == 0 and stop is not None:                                       # from xT to the first gradient step
+            taken.append((plan, x))
+        return rollout(denoise, x, steps, plan, first, stop)
 
     monkeypatch.setattr(rsaft, "rollout", watched)
     assert small(tmp_path / "out", "--method", method, "--sam", "--eval-every", "0", "--sampling-steps", "12",
@@ -228,6 +230,31 @@ def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tm
         assert first == second and torch.equal(x, y)
     if method != "draft-lv":
         assert len({plan for plan, _ in taken}) > 1
+
+
+@pytest.mark.parametrize("method", ["draft", "draft-lv", "alignprop", "refl", "drtune"])
+def test_an_update_takes_the_network_evaluations_that_the_formula_gives(tmp_path, method):
+    T, B = 12, 4
+    for update in range(3):                               # the formula, against a look at each step of the plan
+        plan = rsaft.METHODS[method](T, rsaft.named_generator(0, update, "plan"))
+        free = [i for i, carries_grad in enumerate(plan.grad) if not carries_grad]
+        held = sum(plan.grad) + plan.renoised
+        assert rsaft.network_evaluations(plan, guided=False) == (len(free), held)
+        assert rsaft.network_evaluations(plan) == (2 * len(free), 2 * held)
+        assert rsaft.network_evaluations(plan, second_rollout=True) == (4 * len(free), 4 * held)
+        again = [i for i in free if any(plan.grad[:i])]
+        expected = 2 * (len(free) + len(again)), 4 * held
+        assert rsaft.network_evaluations(plan, second_rollout=True, window=True) == expected
+    common = ["--method", method, "--eval-every", "0", "--sampling-steps", T, "--micro-batch-size", 2]
+    for name, flags, second, window in ("plain", [], False, False), ("full", ["--sam", "--noise"], True, False), (
+            "window", ["--sam", "--noise", "--sam-rollout", "window"], True, True):
+        assert small(tmp_path / name, *common, *flags) == 0
+        for update, record in enumerate(records(tmp_path / name)):
+            plan = rsaft.METHODS[method](T, rsaft.named_generator(0, update, "plan"))
+            counted = [record[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with")]
+            assert counted == [B * n for n in rsaft.network_evaluations(plan, True, second, window)]
+            # Of the reward: r and g; the noise's fall and the sam's; r and g at the worst place.
+            assert record["reward_evaluations"] == B * (1 + plan.renoised) * (4 if second else 1)
 
 
 @pytest.mark.parametrize("flags", [[], ["--noise"], ["--sam"], ["--noise", "--sam"]])
@@ -321,8 +348,8 @@ class Toy:
         self.batches = rsaft.micro_batches(["a", "b", "c", "d"], ("toy",), micro_batch_size)
         self.xT = rsaft.micro_batches(["a", "b", "c", "d"], ("toy",), 4)[0].noise("xT", (3, 4, 4)).double()
 
-    def generate(self, batch):
-        return self.theta * batch.noise("xT", (3, 4, 4)).double()
+    def generate(self, batch, start=None):
+        return self.theta * batch.noise("xT", (3, 4, 4)).double(), None
 
     def reward(self, images, prompts):
         return -(images - self.target).flatten(1).square().sum(1) / 2
@@ -382,11 +409,9 @@ def test_with_several_pictures_of_a_prompt_each_has_its_own_d_and_the_gradient_i
     """As in DRaFT-LV. The logged reward is that of the first picture of each prompt."""
     toy, factors = Toy(micro_batch_size=2), (1.0, 0.5, 2.0)
 
-    def three(batch):
-        return torch.cat([factor * Toy.generate(toy, batch) for factor in factors])
+    def three(batch, start):
+        return torch.cat([factor * toy.generate(batch)[0] for factor in factors]), None
 
-    for batch in toy.batches:
-        assert len(three(batch)) == 6
     log = rsaft.rsaft_gradient(toy.batches, three, toy.reward, [toy.theta], rho=0.1)
     theta, expected, fall = toy.theta.detach(), 0, 0
     for factor in factors:
@@ -403,10 +428,10 @@ def test_both_passes_see_the_same_noise_prompts_and_plan(pipe, pickscore):
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate, seen = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
 
-    def watched(batch):
+    def watched(batch, start):
         with torch.no_grad():
             seen.append((batch.prompts, batch.noise("xT", LATENT)))
-        return generate(batch, rsaft.draft(4, None))
+        return generate(batch, start, plan=rsaft.draft(4, None))
 
     rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:4], (0, 0), 2), watched, pickscore, params, 0.01, 0.01)
     assert len(seen) == 4                                                         # two micro-batches, two passes
@@ -418,8 +443,8 @@ def test_radius_0_is_the_plain_gradient_bit_for_bit(pipe, pickscore):
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
-    rsaft.rsaft_gradient([batch], lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho=0.0, rho_w=0.0)
-    mean_reward = pickscore(generate(batch, rsaft.draft(4, None)), batch.prompts).mean()
+    rsaft.rsaft_gradient([batch], partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho=0.0, rho_w=0.0)
+    mean_reward = pickscore(generate(batch, plan=rsaft.draft(4, None))[0], batch.prompts).mean()
     for p, plain in zip(params, torch.autograd.grad(mean_reward, params)):
         assert torch.equal(p.grad, plain)
 
@@ -430,11 +455,52 @@ def test_splitting_the_batch_changes_nothing_but_rounding(pipe, pickscore, rho, 
     generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
     for size in 1, 2, 4:
         batches = rsaft.micro_batches(PROMPTS[:4], (0, 0), size)
-        log = rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho, rho_w)
+        log = rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho, rho_w)
         results.append((log, torch.cat([p.grad.flatten() for p in params])))
     for log, gradient in results[1:]:
         assert (gradient - results[0][1]).norm() < 1e-3 * results[0][1].norm()
         assert log == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in results[0][0].items()}
+
+
+def test_the_window_repeats_the_second_rollout_from_the_first_step_with_gradient_on(pipe, pickscore):
+    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(params[1], std=0.1, generator=torch.Generator().manual_seed(1))
+    generate, plan = rsaft.make_generate(pipe, 4, 3.0, LATENT), rsaft.draft(4, None, K=2)
+    batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
+
+    def gradient(window, plan=plan):
+        rsaft.rsaft_gradient([batch], partial(generate, plan=plan), pickscore, params, rho_w=0.5, window=window)
+        return [p.grad.clone() for p in params]
+
+    x0, start = generate(batch, plan=plan)                 # by hand: the latents before the window, at theta
+    plain = torch.autograd.grad(pickscore(x0, batch.prompts).mean(), params)
+    with rsaft.perturbed(params, rsaft.parameter_perturbation(plain, 0.5)):
+        moved, _ = generate(batch, start, plan=plan)
+        expected = torch.autograd.grad(pickscore(moved, batch.prompts).mean(), params)
+    assert_close(gradient(True), list(expected), rtol=1e-4, atol=1e-7)
+    difference = sum((a - b).square().sum() for a, b in zip(gradient(False), expected)) ** 0.5
+    assert difference > 0.01 * sum(b.square().sum() for b in expected) ** 0.5      # the full rollout is another update
+    everything = rsaft.draft(4, None, K=4)                                         # nothing is left out: the same
+    assert all(map(torch.equal, gradient(True, everything), gradient(False, everything)))
+
+
+@pytest.mark.parametrize("method", ["draft", "drtune"])
+def test_a_checkpointed_gradient_is_the_plain_one(pipe, pickscore, method):
+    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
+    generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
+    plan = rsaft.METHODS[method](4, torch.Generator().manual_seed(0), 2)
+    batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
+    forwards = []
+    pipe.unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    for checkpointed in False, True:
+        if checkpointed:
+            rsaft.checkpoint_gradients(pipe)
+        forwards.clear()
+        log = rsaft.rsaft_gradient([batch], partial(generate, plan=plan), pickscore, params, 0.01, 0.01)
+        results.append((log, [p.grad.clone() for p in params], len(forwards)))
+    assert results[0][0] == {name: pytest.approx(value, rel=1e-5) for name, value in results[1][0].items()}
+    assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
+    assert results[1][2] > results[0][2]                                           # it did recompute
 
 
 def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(pipe, pickscore):
@@ -442,7 +508,7 @@ def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(pipe, 
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
     generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
     log = rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:8], (0, 0), 8),
-                               lambda batch: generate(batch, rsaft.draft(4, None, K=4)), pickscore, params, rho_w=0.01)
+                               partial(generate, plan=rsaft.draft(4, None, K=4)), pickscore, params, rho_w=0.01)
     assert log["sam_norm"] == pytest.approx(0.01, rel=1e-4)
     assert log["sam_fall_measured"] == pytest.approx(log["sam_fall_predicted"], rel=0.2)
 
@@ -476,7 +542,7 @@ def test_every_adapter_receives_gradient_after_the_second_update(pipe, pickscore
     optimizer = torch.optim.AdamW(params, lr=1e-3, maximize=True)
     for update in range(2):
         batches = rsaft.micro_batches(PROMPTS[:4], (0, update), 4)
-        rsaft.rsaft_gradient(batches, lambda b: generate(b, rsaft.draft(4, None)), pickscore, params, rho, rho_w)
+        rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho, rho_w)
         if update == 0 and rho_w == 0:       # B starts at 0, so A's first gradient is 0 (unless sam has moved B)
             assert all((p.grad != 0).any() == (i % 2 == 1) for i, p in enumerate(params))
         optimizer.step()
@@ -863,7 +929,8 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
         assert word in result.stdout
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr and "torchvision" not in result.stderr
 
-    files = {"config.json", "log.jsonl", "samples", "best", "pytorch_lora_weights.safetensors"}
+    files = {"config.json", "log.jsonl", "samples", "best", "pytorch_lora_weights.safetensors",
+             "checkpoint.pt"}
     assert {path.name for path in out.iterdir()} == files
     config = json.loads((out / "config.json").read_text())
     assert config["noise"] == config["sam"] == 0.01 and config["torch"] == torch.__version__
@@ -1150,5 +1217,5 @@ def test_the_patch_in_the_readme_is_algorithm_1():
 
     batch, optimizer = toy.batches[0], Optimizer([toy.theta], maximize=True)
     exec(patch, dict(reward=toy.reward, params=[toy.theta], prompts=batch.prompts, optimizer=optimizer,
-                     generate=lambda prompts: toy.generate(batch)))
+                     generate=lambda prompts: toy.generate(batch)[0]))
     assert_close(updates, [expected], rtol=1e-9, atol=1e-9)

@@ -491,7 +491,7 @@ def test_a_checkpointed_gradient_is_the_plain_one(pipe, pickscore, method):
     plan = rsaft.METHODS[method](4, torch.Generator().manual_seed(0), 2)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
     forwards = []
-    pipe.unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    pipe.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: forwards.append(1))
     for checkpointed in False, True:
         if checkpointed:
             rsaft.checkpoint_gradients(pipe)
@@ -933,7 +933,7 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
              "checkpoint.pt"}
     assert {path.name for path in out.iterdir()} == files
     config = json.loads((out / "config.json").read_text())
-    assert config["noise"] == config["sam"] == 0.01 and config["torch"] == torch.__version__
+    assert config["noise"] == config["sam"] == 0.01 and config["versions"]["torch"] == torch.__version__
     assert [record["step"] for record in records(out)] == [1, 2, 3]
     for record in records(out):
         assert record.keys() >= {"reward", "grad_norm", "seconds", "peak_gb"}
@@ -1111,6 +1111,109 @@ def test_a_reward_that_turns_nan_stops_the_run_and_the_last_good_adapter_is_save
     adapter = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values()) and len(records(tmp_path / "out")) == 2
     assert any((tensor != 0).any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+# ---- Several processes, killed runs ---------------------------------------------------------------------------------
+
+def adapter(out):
+    return (Path(out) / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def story(out):
+    """The log without what a clock or the machine says."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_gb")} for line in lines]
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+UPDATE = """
+import sys
+from functools import partial
+import torch
+import rsaft
+
+if rsaft.PROCESSES > 1:
+    torch.distributed.init_process_group()
+rsaft.quiet_libraries()
+pipe = rsaft.load_pipeline("tiny/stable-diffusion")
+params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
+prompts = open("tiny/prompts.txt").read().splitlines()[:4]
+batches = rsaft.micro_batches(prompts, (0, 0), 1)[rsaft.RANK::rsaft.PROCESSES]
+generate, perturbation, seen = rsaft.make_generate(pipe, 4, 3.0, (4, 8, 8)), rsaft.parameter_perturbation, []
+
+def watched(grads, rho):
+    seen.append(perturbation(grads, rho))
+    return seen[-1]
+
+rsaft.parameter_perturbation = watched
+log = rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)),
+                           rsaft.make_reward("pickscore", "tiny"), params, 0.01, 0.01)
+torch.save({"e": seen[0], "gradient": [p.grad for p in params], "log": log}, f"{sys.argv[1]}-{rsaft.RANK}.pt")
+"""
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    (tmp_path / "update.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
+    alone = subprocess.run([sys.executable, tmp_path / "update.py", tmp_path / "alone"], cwd=HERE, capture_output=True)
+    assert alone.returncode == 0, alone.stderr
+    together = torchrun(tmp_path / "update.py", tmp_path / "together")
+    assert together.returncode == 0, together.stderr
+    expected = torch.load(tmp_path / "alone-0.pt")
+    for rank in 0, 1:                                       # both have the sum, and so make the same step
+        update = torch.load(tmp_path / f"together-{rank}.pt")
+        for name in "e", "gradient":
+            a, b = (torch.cat([tensor.detach().flatten() for tensor in x[name]]) for x in (update, expected))
+            assert (a - b).norm() < 1e-3 * b.norm() and b.norm() > 0
+        assert update["log"] == {name: pytest.approx(value, rel=1e-3) for name, value in expected["log"].items()}
+
+
+def test_two_processes_write_the_log_of_one(tmp_path):
+    flags = ["--tiny", "--noise", "--sam", "--train-steps", 2, "--sampling-steps", 4, "--batch-size", 4,
+             "--micro-batch-size", 2, "--eval-images", 6, "--eval-every", 1]
+    assert rsaft.main([*map(str, flags), "--out", str(tmp_path / "one")]) == 0
+    result = torchrun("rsaft.py", *flags, "--out", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("adapter, log.jsonl") == 1 and "cpu x 2" in result.stdout
+    one, two = story(tmp_path / "one"), story(tmp_path / "two")
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for a, b in zip(one, two):
+        assert b == {name: pytest.approx(value, rel=2e-2, abs=1e-5) for name, value in a.items()}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+LONG = ["--tiny", "--noise", "--sam", "--method", "drtune", "--train-steps", "12", "--sampling-steps", "5", "--batch-size",
+        "4", "--eval-images", "4", "--eval-every", "2", "--checkpoint-every", "3", "--rank", "4"]
+
+
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    import random
+    import time
+    whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
+    assert run(*LONG, "--out", whole).returncode == 0
+    moments = random.Random(0)
+    for target in 1, 4, 6, 10:                              # killed a moment after that many updates are in the log
+        process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--resume", "--out", str(killed)],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not ((killed / "log.jsonl").is_file() and len(story(killed)) >= 0
+                                              and len(records(killed)) >= target):
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.kill()
+        kills += process.wait() == -9
+    assert kills == 4
+    result = run(*LONG, "--resume", "--out", killed)
+    assert result.returncode == 0, result.stderr
+    assert story(killed) == story(whole) and adapter(killed) == adapter(whole)
+    assert adapter(killed / "best") == adapter(whole / "best")
+    names = [sorted(str(path.relative_to(out)) for path in out.rglob("*")) for out in (whole, killed)]
+    assert names[0] == names[1]
+    for picture in (whole / "samples").iterdir():
+        assert picture.read_bytes() == (killed / "samples" / picture.name).read_bytes()
 
 
 OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",

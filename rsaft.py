@@ -831,10 +831,7 @@ def evaluation_latents(count, shape):
 
 @functools.cache
 def find_model(model):
-    """A folder or hub id as from_pretrained takes it: `model`, or without a network its copy in the hub's cache.
-
-    One short probe instead of minutes of retries. Raises UserError if there is no such model.
-    """
+    """A folder or hub id as from_pretrained takes it, after one short probe: without a network the hub's cached copy."""
     if Path(model).is_dir():
         return model
     from huggingface_hub import HfApi, snapshot_download
@@ -970,14 +967,15 @@ def save_grid(images, path, columns=4):
 
 # ---- The run -------------------------------------------------------------------------------------------------------
 
-class RunStopped(Exception):
-    """The run ended early; what it had is saved. `main` prints it as one line and exits with 1."""
-
-
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; rank 0 writes
 CHECKPOINT = "checkpoint.pt"
-MAY_CHANGE = ("train_steps", "micro_batch_size", "gradient_checkpointing", "device", "checkpoint_every", "resume",
-              "overwrite", "stop_on_hacking", "tensorboard", "out", "versions")  # in a run that is resumed
+RESULTS = "config.json", "log.jsonl", "samples", "best", ADAPTER, CHECKPOINT
+MAY_CHANGE = ("train_steps", "micro_batch_size", "gradient_checkpointing", "checkpoint_every", "resume", "overwrite",
+              "stop_on_hacking", "tensorboard", "device", "out", "versions")  # when a run is resumed
+
+
+class RunStopped(Exception):
+    """The run ended early; what it had is saved. `main` prints it as one line and exits with 1."""
 
 
 def split_weight(text):
@@ -1003,8 +1001,8 @@ def check(config):
     with explained(f"--grad-steps {config.grad_steps} won't do with --sampling-steps {config.sampling_steps}"):
         METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
     parts = PROCESSES * (config.micro_batch_size or 1)
-    require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} can't be divided by --micro-batch-size "
-            f"times the number of processes, {parts}")
+    require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} can't be divided by {parts}, "
+            f"--micro-batch-size {config.micro_batch_size or 1} times {PROCESSES} processes")
     trained = [] if config.evaluate else [split_weight(text) for text in config.reward]
     require(all(map(math.isfinite, dict(trained).values())), f"--reward {' '.join(config.reward)}: give finite weights")
     names = [short_name(name) for name in [*(name for name, _ in trained), *config.eval_reward]]
@@ -1016,21 +1014,21 @@ def check(config):
         require(kind in ("cuda", "mps", "cpu") and getattr(torch, kind).is_available(),
                 f"--device {config.device} is not here; leave the flag out, or use cpu")
     require(config.out or not (config.resume or config.overwrite), "--resume and --overwrite need the folder: --out")
-    require(not (config.resume and (config.overwrite or config.evaluate)),
+    require(not config.resume or not (config.overwrite or config.evaluate),
             "--resume goes with neither --overwrite nor --evaluate")
     if config.out:
         path = Path(config.out).absolute()
         parent = next(p for p in (path, *path.parents) if p.exists())
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {config.out}: can't write to {parent}")
-        if parent == path and any(path.iterdir()):
-            require(config.resume or config.overwrite, f"--out {config.out} is not empty; name another folder, or say "
-                    "--resume or --overwrite")
-            require((path / "config.json").is_file(), f"--out {config.out} is not empty and holds no run; name another")
+        used = parent == path and any(path.iterdir())
+        require(not used or config.resume or config.overwrite,
+                f"--out {config.out} is not empty; name another folder, or add --resume or --overwrite")
+        require(not used or (path / "config.json").is_file(), f"--out {config.out} is not empty, and holds no run")
     if config.evaluate:
         require(Path(config.evaluate, ADAPTER).is_file(), f"--evaluate {config.evaluate}: there is no {ADAPTER} in it")
         require(config.eval_reward, "--evaluate needs the scores to judge by: --eval-reward")
-    if config.stop_on_hacking:
-        require(config.eval_every and config.eval_reward, "--stop-on-hacking needs --eval-every and --eval-reward")
+    require(not config.stop_on_hacking or config.eval_every and config.eval_reward,
+            "--stop-on-hacking needs evaluations, --eval-every, and a held-out score, --eval-reward")
     if config.tensorboard:
         with explained("--tensorboard needs a package that isn't here, pip install tensorboard"):
             importlib.import_module("torch.utils.tensorboard")
@@ -1053,8 +1051,7 @@ def quiet_libraries():
     diffusers.logging.set_verbosity_error()
     for library in transformers, diffusers:
         library.logging.disable_progress_bar()
-    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
-    return {"python": sys.version.split()[0], **versions}
+    return {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
 
 
 def peak_gb(device):
@@ -1068,9 +1065,9 @@ def peak_gb(device):
 
 
 class Run:
-    """What training and judging share: checked settings, prompts, rewards, the model, and the folder for the results.
+    """What training and judging share: settings, prompts, rewards, the model, and the folder for the results.
 
-    Raises UserError before anything is written.
+    Raises UserError before anything is written. `fit` is the training loop of any method that leaves a gradient.
     """
 
     def __init__(self, config):
@@ -1085,12 +1082,11 @@ class Run:
         latent_shape, height, width = model_size(model, config.height, config.width)
         self.device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
         digest = hashlib.sha256(repr((self.prompts, eval_prompts)).encode()).hexdigest()
-        settings = {**asdict(config), "height": height, "width": width, "device": self.device, "prompts_sha256": digest}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = {**asdict(config), "height": height, "width": width, "prompts_sha256": digest}
         self.saved = self.read_checkpoint() if config.resume else None
 
         print(f"loading {', '.join(names)} and {config.model}".replace(f"{HERE}{os.sep}", ""), flush=True)
-        self.settings["versions"] = quiet_libraries()
+        self.settings |= {"device": self.device, "versions": quiet_libraries()}
         if PROCESSES > 1:
             if self.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1144,209 +1140,188 @@ class Run:
                 torch.cat(pictures))
 
     def read_checkpoint(self):
-        """What `save` wrote to --out; None where there is nothing yet. Raises UserError if it is another run's."""
-        path = Path(self.config.out, CHECKPOINT)
-        if not path.is_file():
+        """The checkpoint in --out, None where there is none yet. Raises UserError if its run had other settings."""
+        folder = Path(self.config.out)
+        if not (folder / CHECKPOINT).is_file():
             return None
-        with explained(f"--resume: the run in {self.config.out} can't be read"):
-            then = json.loads(Path(self.config.out, "config.json").read_text())
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, value in then.items():
-            if name not in MAY_CHANGE and value != self.settings.get(name):
-                raise UserError(f"--resume: the run in {self.config.out} has {name} {value}, not "
-                                f"{self.settings.get(name)}; the same flags are needed")
+        with explained(f"--resume: the run in {folder} can't be read"):
+            then = json.loads((folder / "config.json").read_text())
+            saved = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+        now = json.loads(json.dumps(self.settings))
+        for name in now.keys() - set(MAY_CHANGE):
+            if now[name] != then.get(name):
+                raise UserError(f"--resume: the run in {folder} was begun with {name} {then.get(name)}, not {now[name]}")
         if saved["step"] > self.config.train_steps:
-            raise UserError(f"--resume: the run in {self.config.out} is past --train-steps {self.config.train_steps}")
+            raise UserError(f"--resume: the run in {folder} is past update {self.config.train_steps}")
         return saved
 
     def open_out(self):
-        """Begin to write, in --out or the next free runs/NNN. What is there goes, or what came after its checkpoint."""
+        """Begin to write, in --out or the next free runs/NNN; what is newer there than the checkpoint goes."""
         free = (f"runs/{number:03d}" for number in range(10 ** 6) if not Path(f"runs/{number:03d}").exists())
         self.out = Path(self.config.out or next(free))
         if RANK > 0:
             return
-        with self.writing():
-            log, samples, best = self.out / "log.jsonl", self.out / "samples", self.out / "best"
-            if self.saved:
-                os.truncate(log, self.saved["log_bytes"])
-                for picture in samples.glob("step_*.png"):
-                    if int(picture.stem.removeprefix("step_")) > self.saved["step"]:
-                        picture.unlink()
-            else:
-                for path in self.out / CHECKPOINT, self.out / ADAPTER, log:
-                    path.unlink(missing_ok=True)
-                shutil.rmtree(samples, ignore_errors=True)
-                shutil.rmtree(best, ignore_errors=True)
-            samples.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
-            write_whole(self.out / "config.json", (text + "\n").encode())
-            log.touch()
-            if self.config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.out, purge_step=self.saved["step"] + 1 if self.saved else 0)
-
-    @contextlib.contextmanager
-    def writing(self):
-        """Inside the with block a full disk and the like end the run in one line; no file is left half written."""
-        try:
-            yield
-        except OSError as error:
-            raise RunStopped(f"can't write to {self.out} ({error}); nothing that was there is lost, mend that and go on "
-                             f"with --resume --out {self.out}") from error
+        if self.saved:
+            os.truncate(self.out / "log.jsonl", self.saved["log_bytes"])
+            for picture in (self.out / "samples").glob("step_*.png"):
+                if int(picture.stem.removeprefix("step_")) > self.saved["step"]:
+                    picture.unlink()
+        else:
+            for path in [self.out / name for name in RESULTS]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.settings, "out": str(self.out)}, indent=1)
+        write_whole(self.out / "config.json", f"{text}\n".encode())
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.out, purge_step=self.saved["step"] + 1 if self.saved else None)
 
     def write(self, record):
         """Append a line to log.jsonl, and to tensorboard's log if wanted."""
-        if RANK > 0:
-            return
-        with self.writing(), open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.config.tensorboard:
+        if RANK == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        if RANK == 0 and self.config.tensorboard:
             for name, value in record.items():
                 self.board.add_scalar(("eval/" if "eval" in record else "train/") + name, value, record["step"])
 
-    def save(self, step, history, best, optimizer):
-        """Write the last adapter, the best one, and all that a resumed run needs (random numbers go by their names)."""
-        if RANK > 0:
-            return
-        with self.writing():
-            adapter = lora_parameters(self.pipe.unet)
-            save_lora(adapter, self.out)
-            if best:
-                save_lora(best["adapter"], self.out / "best")
-                text = json.dumps({name: value for name, value in best.items() if name != "adapter"})
-                write_whole(self.out / "best" / "best.json", (text + "\n").encode())
-            state, content = {"step": step, "history": history, "best": best, "adapter": adapter, "optimizer":
-                              optimizer.state_dict(), "log_bytes": (self.out / "log.jsonl").stat().st_size}, io.BytesIO()
-            torch.save(state, content)
-            write_whole(self.out / CHECKPOINT, content.getvalue())
+    def fit(self, optimizer, gradient):
+        """The training loop: gradient(step) leaves the gradient of update `step`, counted from 0, in the adapter's .grad
+        and returns what is to be logged of it. Raises RunStopped."""
+        from tqdm import tqdm
+        config, params = self.config, optimizer.param_groups[0]["params"]
+        adapter = lora_parameters(self.pipe.unet)
+        step, history, best = 0, [], {}                    # updates done, evaluations as logged, the best adapter
+        if self.saved:
+            with explained(f"the checkpoint in {config.out} doesn't fit this model"):
+                set_lora(self.pipe.unet, self.saved["adapter"])
+                optimizer.load_state_dict(self.saved["optimizer"])
+            step, history, best = (self.saved[name] for name in ("step", "history", "best"))
+        if not config.eval_reward:
+            print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
+        self.open_out()
 
+        def evaluate_now():
+            scores, pictures = self.evaluate()
+            names, weights = list(scores), self.weights.values()      # in order: trained on, held out, s1
+            history.append({"eval": True, "step": step, **scores, "alarm": False})
+            if config.eval_reward:
+                judge = names[len(weights)]
+                trained = [sum(w * scores[name] for w, name in zip(weights, names)) for scores in history]
+                history[-1]["alarm"] = is_hacking(trained, [scores[judge] for scores in history])
+                if scores[judge] > best.get(judge, -math.inf):
+                    kept = {key: p.detach().cpu().clone() for key, p in adapter.items()}
+                    best.update({"step": step, judge: scores[judge], "adapter": kept})
+            if history[-1]["alarm"]:
+                progress.set_description("ALARM: reward hacking")
+            self.write(history[-1])
+            if RANK == 0:
+                save_grid(pictures, self.out / "samples" / f"step_{step:06d}.png")
 
-@contextlib.contextmanager
-def patient():
-    """Inside the with block the first Ctrl-C or SIGTERM only makes the list that this yields true; the second acts."""
-    def note(number, frame):
-        print("finishing this update; once more to stop at once", file=sys.stderr)
-        asked.append(number)
-        restore()
+        def save():
+            if RANK == 0:
+                save_lora(adapter, self.out)
+                if best:
+                    save_lora(best["adapter"], self.out / "best")
+                    text = json.dumps({name: value for name, value in best.items() if name != "adapter"})
+                    write_whole(self.out / "best" / "best.json", f"{text}\n".encode())
+                state = {"step": step, "history": history, "best": best, "adapter": adapter, "optimizer":
+                         optimizer.state_dict(), "log_bytes": (self.out / "log.jsonl").stat().st_size}
+                torch.save(state, content := io.BytesIO())
+                write_whole(self.out / CHECKPOINT, content.getvalue())
 
-    def restore():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        def ask_to_stop(*_):
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(True)
+            print("\nfinishing this update, then saving; once more stops at once", file=sys.stderr)
 
-    asked = []
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        restore()
+        asked = []
+        handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        progress = tqdm(total=config.train_steps, initial=step, unit="update", disable=RANK > 0)
+        try:
+            while True:
+                done = step == config.train_steps
+                if config.eval_every and (done or step % config.eval_every == 0) and (
+                        not history or history[-1]["step"] < step):
+                    evaluate_now()
+                done = done or config.stop_on_hacking and any(scores["alarm"] for scores in history)
+                stop = torch.tensor(len(asked))
+                sum_over_processes([stop])                 # all of them stop at the same step
+                if done or stop or step and config.checkpoint_every and step % config.checkpoint_every == 0:
+                    save()
+                if done:
+                    break
+                if stop:
+                    raise RunStopped(f"stopped after update {step}; the same flags and --resume --out {self.out} go on")
+                began = time.perf_counter()
+                self.counts.clear()
+                record = gradient(step)
+                record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
+                if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
+                    save()
+                    raise RunStopped(f"update {step + 1} has no finite gradient ({record}); the last good adapter is "
+                                     f"in {self.out}")
+                optimizer.step()
+                step += 1
+                record["seconds"] = time.perf_counter() - began
+                self.write({"step": step, **record, **self.counts, "peak_gb": peak_gb(self.device)})
+                progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
+                progress.update()
+        except OSError as error:
+            raise RunStopped(f"{self.out} can't be written ({error}); nothing that was there is lost, --resume goes on")
+        except RunStopped:
+            raise
+        except Exception:
+            save()
+            raise
+        finally:
+            progress.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self.report(history, best)
+
+    def report(self, history, best):
+        """What a user sees at the end."""
+        print()
+        if history:
+            first, last, n = history[0], history[-1], len(self.weights)
+            names = [name for name in first if name not in ("eval", "step", "alarm")]
+            roles = ["trained on"] * n + ["held out"] * (len(names) - n - 1) + ["sharpness"]
+            print_table(["before", "after", "change"], {f"{name} ({role})": [first[name], last[name], last[name] -
+                                                                              first[name]]
+                                                        for name, role in zip(names, roles)})
+        print("best", {name: value for name, value in best.items() if name != "adapter"} if best else "is not known: "
+              "nothing was held out, so reward hacking could not be seen")
+        if alarms := [scores["step"] for scores in history if scores["alarm"]]:
+            print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell")
+        elif best:
+            print("no alarm")
+        print(f"adapter, log.jsonl, config.json and samples/ are in {self.out}")
 
 
 def train(config):
-    """Tune the model. Raises UserError before anything is written, RunStopped after that."""
+    """Tune the model by RSA-FT, or plain if both radii are 0. Raises UserError, then RunStopped."""
     run = Run(config)
     params = add_lora(run.pipe.unet, config.rank, named_generator(config.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=config.weight_decay, maximize=True)
-    step, history, best = 0, [], None                          # updates done, evaluations as logged, best adapter
-    if run.saved:
-        with explained(f"the checkpoint in {config.out} doesn't fit this model"):
-            set_lora(run.pipe.unet, run.saved["adapter"])
-            optimizer.load_state_dict(run.saved["optimizer"])
-            step, history, best = run.saved["step"], run.saved["history"], run.saved["best"]
+    window, draws = config.sam_rollout == "window", config.noise_draws if config.noise_type == "gaussian" else 0
 
-    def make_plan():
+    def make_plan(step):
         rng = named_generator(config.seed, step, "plan")
         return METHODS[config.method](config.sampling_steps, rng, config.grad_steps)
 
-    window = config.sam_rollout == "window"
-    costs = network_evaluations(make_plan(), config.guidance_scale > 1, config.sam > 0, window)
-    print(f"{run.device} x {PROCESSES}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update "
-          f"{step + 1} takes {config.batch_size * costs[0]} network evaluations without gradient, "
-          f"{config.batch_size * costs[1]} with")
-    if not config.eval_reward:
-        print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
-    run.open_out()
-    from tqdm import tqdm
-    progress = tqdm(total=config.train_steps, initial=step, unit="update", disable=RANK > 0)
-
-    def evaluate_now():
-        nonlocal best
-        scores, pictures = run.evaluate()
-        names = list(scores)                                   # those trained on, those held out, s1
-        history.append({"eval": True, "step": step, **scores, "alarm": False})
-        if config.eval_reward:
-            trained = [sum(w * record[name] for w, name in zip(run.weights.values(), names)) for record in history]
-            judge = names[len(run.weights)]
-            history[-1]["alarm"] = is_hacking(trained, [record[judge] for record in history])
-            if best is None or scores[judge] > best[judge]:
-                adapter = {key: p.detach().clone() for key, p in lora_parameters(run.pipe.unet).items()}
-                best = {"step": step, judge: scores[judge], "adapter": adapter}
-        if history[-1]["alarm"]:
-            progress.set_description("ALARM: reward hacking")
-        run.write(history[-1])
-        if RANK == 0:
-            with run.writing():
-                save_grid(pictures, run.out / "samples" / f"step_{step:06d}.png")
-
-    def update():
-        """One update of the weights, and its line in the log."""
-        nonlocal step
-        began, plan = time.perf_counter(), make_plan()
+    def gradient(step):
         prompts = training_prompts(run.prompts, config.seed, step, config.batch_size)
         batches = micro_batches(prompts, (config.seed, step), run.micro_batch_size, run.device)[RANK::PROCESSES]
-        run.counts.clear()
-        record = rsaft_gradient(batches, functools.partial(run.generate, plan=plan), run.reward, params, config.noise,
-                                config.sam, config.noise_draws if config.noise_type == "gaussian" else 0, window)
-        record["grad_norm"] = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
-        if record["grad_norm"] == 0 or not all(map(math.isfinite, record.values())):
-            run.save(step, history, best, optimizer)
-            raise RunStopped(f"update {step + 1} has no finite gradient ({record}); the last good adapter: {run.out}")
-        optimizer.step()
-        step += 1
-        record["seconds"] = time.perf_counter() - began
-        run.write({"step": step, **record, **run.counts, "peak_gb": peak_gb(run.device)})
-        progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
-        progress.update()
+        generate = functools.partial(run.generate, plan=make_plan(step))
+        return rsaft_gradient(batches, generate, run.reward, params, config.noise, config.sam, draws, window)
 
-    try:
-        with patient() as asked_to_stop:
-            while True:
-                last = step == config.train_steps
-                if config.eval_every and (last or step % config.eval_every == 0) and (
-                        not history or history[-1]["step"] < step):
-                    evaluate_now()
-                last = last or config.stop_on_hacking and any(record["alarm"] for record in history)
-                stop = torch.tensor(len(asked_to_stop))
-                sum_over_processes([stop])                     # all processes stop at the same step
-                if last or stop or step and config.checkpoint_every and step % config.checkpoint_every == 0:
-                    run.save(step, history, best, optimizer)
-                if last:
-                    break
-                if stop:
-                    raise RunStopped(f"stopped after update {step}; the same command with --resume --out {run.out} "
-                                     "goes on")
-                update()
-    except RunStopped:
-        raise
-    except Exception:
-        run.save(step, history, best, optimizer)
-        raise
-    finally:
-        progress.close()
-
-    print()
-    if history:
-        names = [name for name in history[0] if name not in ("eval", "step", "alarm")]
-        roles = ["trained on"] * len(run.weights) + ["held out"] * (len(names) - len(run.weights) - 1) + ["sharpness"]
-        print_table(["before", "after", "change"], {
-            f"{name} ({role})": [history[0][name], history[-1][name], history[-1][name] - history[0][name]]
-            for name, role in zip(names, roles)})
-    if best:
-        print("best", {name: value for name, value in best.items() if name != "adapter"})
-    alarms = [record["step"] for record in history if record["alarm"]]
-    print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell" if alarms
-          else "no alarm" if best else "nothing was held out, so reward hacking could not be seen")
-    print(f"adapter, log.jsonl, config.json and samples/ are in {run.out}")
+    costs = network_evaluations(make_plan(0), config.guidance_scale > 1, config.sam > 0, window)
+    print(f"{run.device} x {PROCESSES}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update 1 "
+          "takes {} network evaluations without gradient, {} with".format(*(config.batch_size * n for n in costs)))
+    run.fit(optimizer, gradient)
 
 
 def judge(config):

@@ -592,24 +592,28 @@ def tokenizer(files, length, device):
                                     return_tensors="pt").to(device)
 
 
-def clip_reward(model, files, device, scale, pad=False):
-    """scale * cosine of text and image under a transformers CLIPModel."""
-    frozen(device, model)
-    tokens = tokenizer(files, model.config.text_config.max_position_embeddings, device)
-
-    def reward(images, prompts):
-        pixels = clip_pixels(images, model.config.vision_config.image_size, pad)
-        text = model.text_projection(model.text_model(input_ids=tokens(prompts).input_ids).pooler_output)
-        image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-        return scale * F.cosine_similarity(text, image)
-
-    return reward
-
-
 def load_clip(files):
     """A transformers CLIPModel in float32; without dtype the file's own would be kept."""
     from transformers import CLIPModel
     return CLIPModel.from_pretrained(files["config.json"], dtype=torch.float32)
+
+
+def embed_images(model, images, pad=False):
+    """The image embeddings of a CLIPModel, (B, projection_dim), not normalised."""
+    pixels = clip_pixels(images, model.config.vision_config.image_size, pad)
+    return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+
+def clip_reward(model, files, device, scale, pad=False):
+    """scale * cosine of text and image under a CLIPModel."""
+    frozen(device, model)
+    tokens = tokenizer(files, model.config.text_config.max_position_embeddings, device)
+
+    def reward(images, prompts):
+        text = model.text_projection(model.text_model(input_ids=tokens(prompts).input_ids).pooler_output)
+        return scale * F.cosine_similarity(text, embed_images(model, images, pad))
+
+    return reward
 
 
 def pickscore(files, device):
@@ -697,18 +701,18 @@ def imagereward(files, device):
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
     vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
     text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has the cross attention
-    parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}, "": {}}
-    for key, tensor in load_checkpoint(files, "ImageReward.pt").items():
-        prefix = next(prefix for prefix in parts if key.startswith(prefix))
-        parts[prefix][key.removeprefix(prefix)] = tensor
-    seen, said, mlp, rest = parts.values()
-    said.pop("embeddings.position_ids", None)
-    surplus = [key for key in rest if not key.startswith(("blip.vision_proj.", "blip.text_proj."))]  # unused in scoring
-    if surplus:
-        raise ValueError(f"unexpected keys {surplus}")
-    vision.load_state_dict(renamed(seen, BLIP_VISION))
-    text.load_state_dict(said)
-    head = linear_head(mlp)
+    state = load_checkpoint(files, "ImageReward.pt")
+
+    def part(prefix):
+        return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+
+    for unused in "blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids":
+        part(unused)
+    vision.load_state_dict(renamed(part("blip.visual_encoder."), BLIP_VISION))
+    text.load_state_dict(part("blip.text_encoder."))
+    head = linear_head(part("mlp."))
+    if state:
+        raise ValueError(f"unexpected keys {list(state)}")
     frozen(device, vision, text, head)
     tokens = tokenizer(files, 35, device)
 
@@ -724,13 +728,7 @@ def aesthetic(files, device):
     """The LAION aesthetic predictor: a linear head on CLIP ViT-L/14, about 1 to 10; it ignores the prompt."""
     clip, head = load_clip(files), linear_head(load_checkpoint(files, "aesthetic-model.pth"))
     frozen(device, clip, head)
-
-    def reward(images, prompts):
-        pixels = clip_pixels(images, clip.config.vision_config.image_size)
-        image = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        return head(F.normalize(image, dim=-1))[:, 0]
-
-    return reward
+    return lambda images, prompts: head(F.normalize(embed_images(clip, images), dim=-1))[:, 0]
 
 
 def own_function(files, device):
@@ -980,11 +978,10 @@ class RunStopped(Exception):
 
 def split_weight(text):
     """NAME=WEIGHT to (NAME, WEIGHT); without a weight it is 1."""
-    name, equals, weight = text.rpartition("=")
-    try:
+    with contextlib.suppress(ValueError):
+        name, equals, weight = text.rpartition("=")
         return (name, float(weight)) if equals else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+    return text, 1.0
 
 
 def check(config):
@@ -1058,10 +1055,9 @@ def peak_gb(device):
     """Peak memory so far in GiB: on CUDA what torch took there, elsewhere the process's; None on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if sys.platform == "win32":
-        return None
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    with contextlib.suppress(ImportError):
+        from resource import RUSAGE_SELF, getrusage
+        return getrusage(RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 class Run:
@@ -1269,7 +1265,7 @@ class Run:
                 progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
                 progress.update()
         except OSError as error:
-            raise RunStopped(f"{self.out} can't be written ({error}); nothing that was there is lost, --resume goes on")
+            raise RunStopped(f"stopped at update {step}, {error}; what {self.out} held is there still, --resume goes on")
         except RunStopped:
             raise
         except Exception:
@@ -1285,18 +1281,16 @@ class Run:
         """What a user sees at the end."""
         print()
         if history:
-            first, last, n = history[0], history[-1], len(self.weights)
-            names = [name for name in first if name not in ("eval", "step", "alarm")]
-            roles = ["trained on"] * n + ["held out"] * (len(names) - n - 1) + ["sharpness"]
-            print_table(["before", "after", "change"], {f"{name} ({role})": [first[name], last[name], last[name] -
-                                                                              first[name]]
-                                                        for name, role in zip(names, roles)})
-        print("best", {name: value for name, value in best.items() if name != "adapter"} if best else "is not known: "
-              "nothing was held out, so reward hacking could not be seen")
-        if alarms := [scores["step"] for scores in history if scores["alarm"]]:
-            print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell")
-        elif best:
-            print("no alarm")
+            names = [name for name in history[0] if name not in ("eval", "step", "alarm")]
+            held_out = len(names) - len(self.weights) - 1
+            roles = ["trained on"] * len(self.weights) + ["held out"] * held_out + ["sharpness"]
+            print_table(["before", "after", "change"], {
+                f"{name} ({role})": (history[0][name], history[-1][name], history[-1][name] - history[0][name])
+                for name, role in zip(names, roles)})
+        alarms = [scores["step"] for scores in history if scores["alarm"]]
+        print("best", {name: value for name, value in best.items() if name != "adapter"} if best else "is not known")
+        print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell" if alarms
+              else "no alarm" if best else "nothing was held out, so reward hacking could not be seen")
         print(f"adapter, log.jsonl, config.json and samples/ are in {self.out}")
 
 

@@ -1199,8 +1199,8 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp
     for target in 1, 4, 6, 10:                              # killed a moment after that many updates are in the log
         process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--resume", "--out", str(killed)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not ((killed / "log.jsonl").is_file() and len(story(killed)) >= 0
-                                              and len(records(killed)) >= target):
+        log = killed / "log.jsonl"
+        while process.poll() is None and not (log.is_file() and log.read_text().count("grad_norm") >= target):
             time.sleep(0.01)
         time.sleep(moments.random() * 0.3)
         process.kill()
@@ -1216,11 +1216,149 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp
         assert picture.read_bytes() == (killed / "samples" / picture.name).read_bytes()
 
 
+def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path):
+    import signal
+    import time
+    process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--out", str(tmp_path / "run")], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and "grad_norm" in log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    done = records(tmp_path / "run")[-1]["step"]
+    assert process.returncode == 1 and done < 12 and "Traceback" not in error
+    assert f"stopped after update {done}; the same flags and --resume --out {tmp_path / 'run'} go on" in error
+    assert rsaft.main([*LONG, "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert rsaft.main([*LONG, "--out", str(tmp_path / "whole")]) == 0
+    assert story(tmp_path / "run") == story(tmp_path / "whole") and adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_a_finished_run_can_be_prolonged_and_then_is_the_long_run(tmp_path):
+    flags = ["--checkpoint-every", "0", "--eval-every", "1"]
+    assert small(tmp_path / "run", *flags) == 0 == small(tmp_path / "long", *flags, "--train-steps", "5")
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert small(tmp_path / "run", *flags, "--resume") == 0                       # nothing left to do, nothing changed
+    assert len(records(tmp_path / "run")) == 3
+    assert best == json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert small(tmp_path / "run", *flags, "--resume", "--train-steps", "5") == 0
+    assert story(tmp_path / "run") == story(tmp_path / "long") and adapter(tmp_path / "run") == adapter(tmp_path / "long")
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run_and_nothing_else_undone(tmp_path):
+    assert small(tmp_path / "run", "--train-steps", "4") == 0
+    (tmp_path / "run" / "notes.txt").write_text("years of work")
+    assert small(tmp_path / "run", "--overwrite", "--eval-every", "0") == 0 == small(tmp_path / "new", "--eval-every", "0")
+    names = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in (tmp_path / "run", tmp_path / "new")]
+    assert names[0] == names[1] | {"notes.txt"} and story(tmp_path / "run") == story(tmp_path / "new")
+
+
+@pytest.mark.parametrize("failing", ["checkpoint.pt", "pytorch_lora_weights.safetensors"])
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing_that_was_there(tmp_path, monkeypatch, capsys, failing):
+    assert small(tmp_path / "run") == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".safetensors")}
+    fsync = os.fsync
+
+    def full(descriptor):
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert small(tmp_path / "run", "--resume", "--train-steps", "5") == 1
+    assert "No space left" in (error := capsys.readouterr().err.splitlines()[-1]) and error.startswith("rsaft.py: ")
+    for path, content in files.items():
+        assert path.read_bytes() == content or failing == "checkpoint.pt" and path.name != failing, path
+    assert small(tmp_path / "run", "--resume", "--train-steps", "5") == 0 == small(tmp_path / "whole", "--train-steps", "5")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A small finished run, to be copied before it is spoilt."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert small(out, "--eval-every", "0") == 0
+    return out
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("run-by-a-pickle",)
+
+
+def with_other_shapes(out):
+    saved = torch.load(out / "checkpoint.pt")
+    saved["adapter"] = {key: tensor[:, :-1].clone() for key, tensor in saved["adapter"].items()}
+    torch.save(saved, out / "checkpoint.pt")
+
+
+def with_other_names(out):
+    saved = torch.load(out / "checkpoint.pt")
+    saved["adapter"] = {key.replace("attn1", "attention"): tensor for key, tensor in saved["adapter"].items()}
+    torch.save(saved, out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("spoil, flags, words", [
+    (None, [], "not empty.*--resume"),
+    (None, ["--resume", "--overwrite"], "neither --overwrite"),
+    (None, ["--resume", "--learning-rate", "0.5"], "learning_rate 0.002, not 0.5"),
+    (None, ["--resume", "--rank", "8"], "rank 4, not 8"),
+    (None, ["--resume", "--sam"], "sam 0.0, not 0.01"),
+    (None, ["--resume", "--seed", "1"], "seed 0, not 1"),
+    (None, ["--resume", "--method", "refl"], "method draft, not refl"),
+    (None, ["--resume", "--height", "64"], "height 32, not 64"),
+    (None, ["--resume", "--prompts", "ten.txt"], "prompts"),
+    (None, ["--resume", "--train-steps", "2"], "past update 2"),
+    (lambda out: (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000]), ["--resume"], "read"),
+    (lambda out: (out / "checkpoint.pt").write_bytes(b""), ["--resume"], "read"),
+    (lambda out: torch.save(Malicious(), out / "checkpoint.pt"), ["--resume"], "can't be read"),
+    (lambda out: torch.save({"step": 1}, out / "checkpoint.pt"), ["--resume"], "doesn't fit"),
+    (with_other_shapes, ["--resume"], "doesn't fit"),
+    (with_other_names, ["--resume"], "doesn't fit"),
+    (lambda out: (out / "config.json").write_text("{"), ["--resume"], "read"),
+    (lambda out: (out / "config.json").unlink(), ["--resume"], "holds no run"),
+    (lambda out: (out / "config.json").unlink(), ["--overwrite"], "holds no run"),
+])
+def test_a_run_that_cannot_be_resumed_is_left_as_it_is(finished, tmp_path, monkeypatch, capsys, spoil, flags, words):
+    import shutil
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    Path("ten.txt").write_text("\n".join(PROMPTS[:10]))
+    if spoil:
+        spoil(Path("run"))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert small("run", "--eval-every", "0", *flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert not Path("run-by-a-pickle").exists()
+
+
 OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",
        "shape.py": "def f(images, prompts):\n    return images.mean()\n",
        "nan.py": "def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n",
        "hard.py": "def f(images, prompts):\n    return (images > 0.5).float().mean((1, 2, 3))\n",
        "raises.py": "def f(images, prompts):\n    raise RuntimeError('no pictures today')\n"}
+
+
+def model_with(folder, file, **changes):
+    """The tiny model with other entries in one of its files; with no entry, the first half of that file."""
+    import shutil
+    shutil.copytree(MODEL, folder)
+    path = Path(folder, file)
+    if changes:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    else:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+MODELS = {"sdxl": dict(file="model_index.json", _class_name="StableDiffusionXLPipeline"),
+          "unconditional": dict(file="unet/config.json", _class_name="UNet2DModel"),
+          "sample": dict(file="scheduler/scheduler_config.json", prediction_type="sample"),
+          "clipped": dict(file="scheduler/scheduler_config.json", thresholding=True),
+          "bitten": dict(file="unet/diffusion_pytorch_model.safetensors")}
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1230,7 +1368,7 @@ OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",
     (["--sam", "nan"], "--sam"),
     (["--grad-steps", "11"], "--grad-steps 11"),
     (["--grad-steps", "0"], "--grad-steps"),
-    (["--micro-batch-size", "5"], "--micro-batch-size 5"),
+    (["--micro-batch-size", "5"], "--micro-batch-size 5 "),
     (["--learning-rate", "0"], "--learning-rate"),
     (["--sampling-steps", "1001"], "1001"),
     (["--noise-type", "best"], "--noise-type"),
@@ -1266,7 +1404,23 @@ OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",
     (["--model", "./nowhere"], "nowhere"),
     (["--model", str(TINY / "pickscore")], "model_index.json"),
     (["--out", "full"], "not empty"),
+    (["--out", "full", "--resume"], "holds no run"),
+    (["--out", "full", "--overwrite"], "holds no run"),
     (["--out", "empty.txt/out"], "empty.txt"),
+    (["--resume"], "--out"),
+    (["--overwrite"], "--out"),
+    (["--evaluate", "run", "--resume", "--out", "new"], "--evaluate"),
+    (["--evaluate", "run"], "doesn't fit"),
+    (["--sam-rollout", "half"], "--sam-rollout"),
+    (["--checkpoint-every", "-1"], "--checkpoint-every"),
+    (["--eval-images", "0"], "--eval-images"),
+    (["--seed", "1.5"], "--seed"),
+    (["--dtype", "float16"], "--dtype"),
+    (["--model", "sdxl"], "StableDiffusionXLPipeline"),
+    (["--model", "unconditional"], "UNet2DModel"),
+    (["--model", "sample"], "prediction_type"),
+    (["--model", "clipped"], "clip"),
+    (["--model", "bitten"], "bitten doesn't load"),
 ])
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
@@ -1277,11 +1431,36 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeyp
     Path("latin1.txt").write_bytes("déjà vu".encode("latin1"))
     Path("full").mkdir()
     Path("full", "thesis.txt").write_text("years of work")
+    Path("run").mkdir()
+    Path("run", "pytorch_lora_weights.safetensors").write_bytes(b"no adapter")
+    if "--model" in flags and (changes := MODELS.get(flags[-1])):
+        model_with(flags[-1], **changes)
     before = sorted(str(p) for p in Path().rglob("*") if "__pycache__" not in str(p))
     assert rsaft.main(["--tiny", *flags]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
     assert sorted(str(p) for p in Path().rglob("*") if "__pycache__" not in str(p)) == before
+
+
+def test_a_model_that_predicts_v_is_trained_as_well(tmp_path):
+    """Its weights predict epsilon, so the pictures are nothing; that the step is v's is tested above."""
+    model_with(tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    assert small(tmp_path / "out", "--model", tmp_path / "v", "--noise", "--sam") == 0
+    assert all(record["grad_norm"] > 0 for record in records(tmp_path / "out"))
+
+
+def test_prompt_files_of_every_make_are_read(tmp_path):
+    text = "\ufeffa red circle\r\n\r\n   \r\na blue square  \r\n" + "very " * 2000 + "long\r\nun cercle déjà vu"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    prompts = rsaft.read_prompts(tmp_path / "prompts.txt")
+    assert prompts == ["a red circle", "a blue square", "very " * 2000 + "long", "un cercle déjà vu"]
+    assert small(tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--eval-reward", "judge") == 0
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(rsaft, "PROCESSES", 3)
+    assert rsaft.main(["--tiny", "--batch-size", "32"]) == 2
+    assert "--batch-size 32 can't be divided by 3" in capsys.readouterr().err
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_ways_out():

@@ -67,12 +67,12 @@ class Config:
     eval_reward: tuple = option((), "held-out scores, never trained on", nargs="*", type=str, metavar="REWARD")
     prompts: str = option(str(HERE / "prompts.txt"), "a text file, one prompt a line")
     eval_prompts: str = option(None, "another one for the evaluations (default: the same)")
-    noise: float = option(0.0, "perturb the pictures, within radius RHO; 0.01 if no number is given",
-                          nargs="?", const=1e-2, metavar="RHO")
+    noise: float = option(0.0, "perturb the pictures within a radius, 0.01 unless given", nargs="?", const=1e-2,
+                          metavar="RHO")
     noise_type: str = option("worst", "the worst direction, or a mean over random ones", choices=("worst", "gaussian"))
     noise_draws: int = option(4, "number of random directions for --noise-type gaussian")
-    sam: float = option(0.0, "perturb the weights, within radius RHO; 0.01 if no number is given",
-                        nargs="?", const=1e-2, metavar="RHO")
+    sam: float = option(0.0, "perturb the weights within a radius, 0.01 unless given", nargs="?", const=1e-2,
+                        metavar="RHO")
     sam_rollout: str = option("full", "the second rollout of --sam: all of it, or the steps with gradient",
                               choices=("full", "window"))
     train_steps: int = option(200, "number of updates")
@@ -518,14 +518,11 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 def write_whole(path, content):
     """Write bytes to a file that has at any moment, whatever happens, all of its old content or all of the new."""
     new = Path(f"{path}.new")
-    try:
-        with open(new, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    with open(new, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 def save_lora(adapter, folder):
@@ -731,14 +728,6 @@ def aesthetic(files, device):
     return lambda images, prompts: head(F.normalize(embed_images(clip, images), dim=-1))[:, 0]
 
 
-def own_function(files, device):
-    """The reader's own reward: the function FUNCTION of FILE.py."""
-    spec = importlib.util.spec_from_file_location(Path(files["file"]).stem, files["file"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, files["function"])
-
-
 # name: (loader, {file that must be there: its id on the hub}). A loader takes ({file: folder or hub id}, device).
 CLIP_H, CLIP_L = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 REWARDS = {
@@ -755,22 +744,21 @@ REWARDS = {
 
 def reward_files(name, models=None):
     """Where the reward `name` is to be had, {file: folder or hub id}; loads nothing. Raises UserError."""
-    file, _, function = name.rpartition(":")
+    file = name.rpartition(":")[0]
     if file.endswith(".py"):
         if not Path(file).is_file():
             raise UserError(f"reward {name}: there is no file {file}")
-        return {"file": file, "function": function}
+        return {}
     if name not in REWARDS:
         raise UserError(f"unknown reward {name!r}; there are {', '.join(REWARDS)}, and FILE.py:FUNCTION for your own")
     hub = REWARDS[name][1]
-    if models:
-        missing = [str(Path(models, name, file)) for file in hub if not Path(models, name, file).is_file()]
-        if missing:
-            raise UserError(f"reward {name}: there is no {' and no '.join(missing)}; see --models")
-        return dict.fromkeys(hub, str(Path(models, name)))
-    if not all(hub.values()):
+    if not models and not all(hub.values()):
         raise UserError(f"the reward {name} is on no hub; --models DIR must name the folder that holds {name}/")
-    return {file: find_model(source) for file, source in hub.items()}
+    if not models:
+        return {file: find_model(source) for file, source in hub.items()}
+    if missing := [str(Path(models, name, file)) for file in hub if not Path(models, name, file).is_file()]:
+        raise UserError(f"reward {name}: there is no {' and no '.join(missing)}; see --models")
+    return dict.fromkeys(hub, str(Path(models, name)))
 
 
 def make_reward(name, models=None, device="cpu"):
@@ -782,7 +770,13 @@ def make_reward(name, models=None, device="cpu"):
     """
     files = reward_files(name, models)
     with explained(f"the reward {name} doesn't load"):
-        return REWARDS.get(name, (own_function,))[0](files, device)
+        if files:
+            return REWARDS[name][0](files, device)
+        file, _, function = name.rpartition(":")
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
 
 
 # ---- Random numbers by name: a sample's noise depends on what it is for, never on the order of the draws ------------
@@ -929,19 +923,21 @@ def scores_by_name(rewards, images, prompts):
 
 def check_reward(name, reward, prompts, height, width, device, differentiable):
     """Score a random picture for each of `prompts`. Raises UserError unless the scores can be used."""
-    images = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
-    images = images.repeat(len(prompts), 1, 1, 1).requires_grad_(differentiable)
-    with explained(f"the reward {name} can't be used"):
-        scores = scores_by_name({name: reward}, images, prompts)
-        for score in scores.values():
-            if score.shape != (len(prompts),):
-                raise ValueError(f"it returned the shape {tuple(score.shape)} for {len(prompts)} pictures")
-            if not score.isfinite().all():
-                raise ValueError("it is not finite on a random picture")
-        if differentiable and (len(scores) > 1 or not score.requires_grad):
-            raise ValueError("it is not differentiable in the images, so it can't be trained on")
-        if differentiable and not torch.autograd.grad(score.sum(), images)[0].isfinite().all():
-            raise ValueError("its gradient is not finite on a random picture")
+    image = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
+    for first in range(0, len(prompts), 32):
+        few = prompts[first:first + 32]
+        images = image.repeat(len(few), 1, 1, 1).requires_grad_(differentiable)
+        with explained(f"the reward {name} can't be used"):
+            scores = scores_by_name({name: reward}, images, few)
+            for score in scores.values():
+                if score.shape != (len(few),):
+                    raise ValueError(f"it returned the shape {tuple(score.shape)} for {len(few)} pictures")
+                if not score.isfinite().all():
+                    raise ValueError("it is not finite on a random picture")
+            if differentiable and (len(scores) > 1 or not score.requires_grad):
+                raise ValueError("it is not differentiable in the images, so it can't be trained on")
+            if differentiable and not torch.autograd.grad(score.sum(), images)[0].isfinite().all():
+                raise ValueError("its gradient is not finite on a random picture")
 
 
 def is_hacking(trained, held_out, patience=3):
@@ -1011,8 +1007,8 @@ def check(config):
         require(kind in ("cuda", "mps", "cpu") and getattr(torch, kind).is_available(),
                 f"--device {config.device} is not here; leave the flag out, or use cpu")
     require(config.out or not (config.resume or config.overwrite), "--resume and --overwrite need the folder: --out")
-    require(not config.resume or not (config.overwrite or config.evaluate),
-            "--resume goes with neither --overwrite nor --evaluate")
+    require(bool(config.resume) + bool(config.overwrite) + bool(config.evaluate) < 2,
+            "--resume, --overwrite and --evaluate exclude each other")
     if config.out:
         path = Path(config.out).absolute()
         parent = next(p for p in (path, *path.parents) if p.exists())
@@ -1087,14 +1083,12 @@ class Run:
             if self.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group()
-        made = {name: make_reward(name, config.models, self.device)
-                for name in sorted(names, key=REWARDS.__contains__)}  # the reader's own first: they fail fastest
-        self.rewards = {name: made[name] for name in names}
-        for name in names:  # a model takes any prompt; a function of your own may not, so it is shown all of them
+        self.rewards = dict.fromkeys(names)
+        for name in sorted(names, key=REWARDS.__contains__):  # the reader's own first: they fail fastest
+            self.rewards[name] = make_reward(name, config.models, self.device)
+            # A model takes any prompt; a function of your own may not, so it is shown all of them.
             shown = list(dict.fromkeys(self.prompts + eval_prompts))[:1 if name in REWARDS else None]
-            for first in range(0, len(shown), 32):
-                check_reward(name, made[name], shown[first:first + 32], height, width, self.device,
-                             differentiable=name in self.weights)
+            check_reward(name, self.rewards[name], shown, height, width, self.device, name in self.weights)
         self.pipe = load_pipeline(model, getattr(torch, config.dtype), self.device)
         if config.gradient_checkpointing:
             checkpoint_gradients(self.pipe)
@@ -1370,14 +1364,14 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     defaults = TINY if "tiny" in given else {}
     if "evaluate" in given:  # by default the model and the sampler that the adapter was trained with
-        for folder in Path(given["evaluate"]), Path(given["evaluate"]).absolute().parent:    # best/ has none of its own
-            if (folder / "config.json").is_file():
-                with explained(f"{folder / 'config.json'} can't be read"):
-                    saved = json.loads((folder / "config.json").read_text())
-                    kept = ("model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale",
-                            "height", "width", "micro_batch_size", "eval_images")
-                    defaults = {**defaults, **{name: saved[name] for name in kept}}
-                break
+        folder = Path(given["evaluate"]).absolute()
+        paths = folder / "config.json", folder.parent / "config.json"          # best/ has none of its own
+        if path := next(filter(Path.is_file, paths), None):
+            with explained(f"{path} can't be read"):
+                saved = json.loads(path.read_text())
+                defaults = {**defaults, **{name: saved[name] for name in (
+                    "model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale", "height",
+                    "width", "micro_batch_size", "eval_images")}}
     return Config(**{**defaults, **given})
 
 

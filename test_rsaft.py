@@ -1302,7 +1302,7 @@ def with_other_names(out):
 
 @pytest.mark.parametrize("spoil, flags, words", [
     (None, [], "not empty.*--resume"),
-    (None, ["--resume", "--overwrite"], "neither --overwrite"),
+    (None, ["--resume", "--overwrite"], "exclude each other"),
     (None, ["--resume", "--learning-rate", "0.5"], "learning_rate 0.002, not 0.5"),
     (None, ["--resume", "--rank", "8"], "rank 4, not 8"),
     (None, ["--resume", "--sam"], "sam 0.0, not 0.01"),
@@ -1409,7 +1409,7 @@ MODELS = {"sdxl": dict(file="model_index.json", _class_name="StableDiffusionXLPi
     (["--out", "empty.txt/out"], "empty.txt"),
     (["--resume"], "--out"),
     (["--overwrite"], "--out"),
-    (["--evaluate", "run", "--resume", "--out", "new"], "--evaluate"),
+    (["--evaluate", "run", "--overwrite", "--out", "run"], "exclude each other"),
     (["--evaluate", "run"], "doesn't fit"),
     (["--sam-rollout", "half"], "--sam-rollout"),
     (["--checkpoint-every", "-1"], "--checkpoint-every"),

@@ -1,0 +1,67 @@
+"""How far the update of --sam-rollout window is from that of the full second rollout: about ten minutes on two CPU cores.
+
+    python experiments/window.py
+
+In the small world, for each of the five methods: plain training (seed 0, the settings of --tiny), and after 0, 10, 20,
+30 and 40 updates, from the same weights, prompts and noise, the three gradients of one update: plain, --sam with the
+full second rollout, --sam with the window. Printed are, for each method and radius, the lowest and the highest cosine
+
+    of the two updates         full . window
+    of the two corrections     (full - plain) . (window - plain)
+
+A window leaves out what the moved weights do to the steps before the first one with gradient. Where all steps carry a
+gradient, as in AlignProp with K = T, the two are the same update.
+"""
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rsaft
+
+RADII, MEASURED_AT = (0.01, 0.1, 0.5), (0, 10, 20, 30, 40)
+
+
+def cosines(method):
+    """{radius: [(cosine of the updates, cosine of the corrections) at each point of the training]}."""
+    config = rsaft.parse(["--tiny", "--method", method, "--eval-reward"])
+    run = rsaft.Run(config)
+    params = rsaft.add_lora(run.pipe.unet, config.rank, rsaft.named_generator(config.seed, "lora"))
+    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay, maximize=True)
+
+    def gradient(step, rho_w=0.0, window=False):
+        prompts = rsaft.training_prompts(run.prompts, config.seed, step, config.batch_size)
+        batches = rsaft.micro_batches(prompts, (config.seed, step), run.micro_batch_size)
+        plan = rsaft.METHODS[method](config.sampling_steps, rsaft.named_generator(config.seed, step, "plan"))
+        rsaft.rsaft_gradient(batches, partial(run.generate, plan=plan), run.reward, params, rho_w=rho_w, window=window)
+        return torch.cat([p.grad.flatten() for p in params])
+
+    measured = {rho_w: [] for rho_w in RADII}
+    for step in range(MEASURED_AT[-1] + 1):
+        if step in MEASURED_AT:
+            plain = gradient(step)
+            for rho_w, pairs in measured.items():
+                full, window = gradient(step, rho_w), gradient(step, rho_w, window=True)
+                pairs.append((F.cosine_similarity(full, window, dim=0).item(),
+                              F.cosine_similarity(full - plain, window - plain, dim=0).item()))
+        gradient(step)
+        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        optimizer.step()
+    return measured
+
+
+def main():
+    rows = []
+    for method in rsaft.METHODS:
+        for rho_w, pairs in cosines(method).items():
+            columns = ["{:.3f} to {:.3f}".format(min(column), max(column)) for column in zip(*pairs)]
+            rows.append(f"| `{method}` | {rho_w} | {columns[0]} | {columns[1]} |")
+    print("\n| method | rho_w | cosine of the updates | cosine of the corrections |\n| --- | --- | --- | --- |")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

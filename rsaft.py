@@ -1145,6 +1145,7 @@ class Run:
             raise UserError(f"--resume: the run in {folder} is past update {self.config.train_steps}")
         return saved
 
+    @explained("the folder for the results can't be used")
     def open_out(self):
         """Begin to write, in --out or the next free runs/NNN; what is newer there than the checkpoint goes."""
         free = (f"runs/{number:03d}" for number in range(10 ** 6) if not Path(f"runs/{number:03d}").exists())
@@ -1176,8 +1177,10 @@ class Run:
                 self.board.add_scalar(("eval/" if "eval" in record else "train/") + name, value, record["step"])
 
     def fit(self, optimizer, gradient):
-        """The training loop: gradient(step) leaves the gradient of update `step`, counted from 0, in the adapter's .grad
-        and returns what is to be logged of it. Raises RunStopped."""
+        """The training loop, with evaluations, best adapter, alarm, checkpoints. Raises RunStopped.
+
+        gradient: step -> a dict for the log; it leaves the gradient of that update, counted from 0, in the adapter.
+        """
         from tqdm import tqdm
         config, params = self.config, optimizer.param_groups[0]["params"]
         adapter = lora_parameters(self.pipe.unet)

@@ -1,6 +1,6 @@
 """What an update costs: seconds and peak memory, RSA-FT's variants beside plain fine-tuning and beside TRL.
 
-    python experiments/bench.py --trl trl/bin/python             # the small world; about 15 minutes on 2 CPU cores
+    python experiments/bench.py --trl trl/bin/python             # the small world; 12 minutes on 2 CPU cores
     python experiments/bench.py --size sd15 --models full        # Stable Diffusion 1.5, made by full_size.py: for a GPU
 
 DRaFT-1 in 50 sampling steps, rank 4, the same model, prompts, batch, guidance and reward for all. Each row is a process

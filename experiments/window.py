@@ -1,4 +1,4 @@
-"""How far the update of --sam-rollout window is from that of the full second rollout: about ten minutes on two CPU cores.
+"""How far the update of --sam-rollout window is from that of the full second rollout: about 20 minutes with one thread.
 
     python experiments/window.py
 

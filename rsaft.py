@@ -1291,9 +1291,9 @@ class Run:
         print(f"adapter, log.jsonl, config.json and samples/ are in {self.out}")
 
 
-def train(run):
-    """Tune the model by RSA-FT, or plain if both radii are 0. Raises RunStopped."""
-    config = run.config
+def train(config):
+    """Tune the model by RSA-FT, or plain if both radii are 0. Raises UserError, then RunStopped."""
+    run = Run(config)
     params = add_lora(run.pipe.unet, config.rank, named_generator(config.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=config.weight_decay, maximize=True)
@@ -1315,12 +1315,13 @@ def train(run):
     run.fit(optimizer, gradient)
 
 
-def judge(run):
+def judge(config):
     """Score a saved adapter at several scales, beside the base model (scale 0). Raises UserError."""
-    load_lora(run.pipe.unet, run.config.evaluate)
+    run = Run(config)
+    load_lora(run.pipe.unet, config.evaluate)
     run.open_out()
     rows, base = {}, None
-    for scale in (0.0, *run.config.lora_scale):
+    for scale in (0.0, *config.lora_scale):
         with lora_scale(run.pipe.unet, scale):
             scores, pictures = run.evaluate()
         base = pictures if base is None else base
@@ -1382,7 +1383,7 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(None if RANK > 0 else sys.stdout):
             config = parse(argv)
-            (judge if config.evaluate else train)(Run(config))
+            (judge if config.evaluate else train)(config)
         return 0
     except (UserError, RunStopped) as error:
         print(f"rsaft.py: {error}", file=sys.stderr)

@@ -103,6 +103,9 @@ class Config:
     dtype: str = option("float32", "of the frozen weights; the adapter is float32", choices=("float32", "bfloat16"))
     device: str = option(None, "cuda, mps or cpu (default: the first of them that is there)")
     out: str = option(None, "the folder for the results (default: a new runs/NNN)")
+    # No annotation, so no settings: what related methods have in another form.
+    program, title = "rsaft.py", "Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models."
+    may_be_zero = "noise", "sam", "weight_decay", "eval_every", "checkpoint_every", "guidance_scale", "seed"
 
 
 # What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
@@ -921,7 +924,7 @@ def scores_by_name(rewards, images, prompts):
     return scores
 
 
-def check_reward(name, reward, prompts, height, width, device, differentiable):
+def check_reward(name, reward, prompts, height, width, device, trained, differentiable):
     """Score a random picture for each of `prompts`. Raises UserError unless the scores can be used."""
     image = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
     for first in range(0, len(prompts), 32):
@@ -934,7 +937,9 @@ def check_reward(name, reward, prompts, height, width, device, differentiable):
                     raise ValueError(f"it returned the shape {tuple(score.shape)} for {len(few)} pictures")
                 if not score.isfinite().all():
                     raise ValueError("it is not finite on a random picture")
-            if differentiable and (len(scores) > 1 or not score.requires_grad):
+            if trained and short_name(name) not in scores:
+                raise ValueError("it returns several scores, so it can't be trained on")
+            if differentiable and not score.requires_grad:
                 raise ValueError("it is not differentiable in the images, so it can't be trained on")
             if differentiable and not torch.autograd.grad(score.sum(), images)[0].isfinite().all():
                 raise ValueError("its gradient is not finite on a random picture")
@@ -986,10 +991,9 @@ def check(config):
         if not condition:
             raise UserError(message)
 
-    may_be_zero = ("noise", "sam", "weight_decay", "eval_every", "checkpoint_every", "guidance_scale", "seed")
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            require(0 <= value < math.inf and (value > 0 or name in may_be_zero),
+            require(0 <= value < math.inf and (value > 0 or name in config.may_be_zero),
                     f"--{name.replace('_', '-')} can't be {value}")
     with explained(f"--grad-steps {config.grad_steps} won't do with --sampling-steps {config.sampling_steps}"):
         METHODS[config.method](config.sampling_steps, named_generator("check"), config.grad_steps)
@@ -1059,19 +1063,21 @@ def peak_gb(device):
 class Run:
     """What training and judging share: settings, prompts, rewards, the model, and the folder for the results.
 
-    Raises UserError before anything is written. `fit` is the training loop of any method that leaves a gradient.
+    Raises UserError before anything is written. `fit` is the training loop of any method that leaves a gradient;
+    a method that needs none of the reward says differentiable=False.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, differentiable=True):
         check(config)
         self.config, self.prompts = config, read_prompts(config.prompts)
         eval_prompts = read_prompts(config.eval_prompts) if config.eval_prompts else self.prompts
         self.weights = {} if config.evaluate else dict(map(split_weight, config.reward))
+        self.has_sharpness = bool(self.weights) and (differentiable or self.weights.keys() <= REWARDS.keys())
         names = [*self.weights, *config.eval_reward]
         model = find_model(config.model)
         for name in names:
             reward_files(name, config.models)
-        latent_shape, height, width = model_size(model, config.height, config.width)
+        self.latent_shape, height, width = model_size(model, config.height, config.width)
         self.device = config.device or next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
         digest = hashlib.sha256(repr((self.prompts, eval_prompts)).encode()).hexdigest()
         self.settings = {**asdict(config), "height": height, "width": width, "prompts_sha256": digest}
@@ -1088,11 +1094,12 @@ class Run:
             self.rewards[name] = make_reward(name, config.models, self.device)
             # A model takes any prompt; a function of your own may not, so it is shown all of them.
             shown = list(dict.fromkeys(self.prompts + eval_prompts))[:1 if name in REWARDS else None]
-            check_reward(name, self.rewards[name], shown, height, width, self.device, name in self.weights)
+            check_reward(name, self.rewards[name], shown, height, width, self.device,
+                         name in self.weights, differentiable and name in self.weights)
         self.pipe = load_pipeline(model, getattr(torch, config.dtype), self.device)
         if config.gradient_checkpointing:
             checkpoint_gradients(self.pipe)
-        self.generate = make_generate(self.pipe, config.sampling_steps, config.guidance_scale, latent_shape)
+        self.generate = make_generate(self.pipe, config.sampling_steps, config.guidance_scale, self.latent_shape)
         self.micro_batch_size = config.micro_batch_size or config.batch_size // PROCESSES
         self.evaluation = evaluation_batches(eval_prompts, config.eval_images, self.micro_batch_size, self.device)
         self.counts = defaultdict(int)
@@ -1116,7 +1123,7 @@ class Run:
             with torch.no_grad():
                 images, _ = self.generate(batch, plan=sampling)
                 scores = scores_by_name(self.rewards, images, batch.prompts)
-            if self.weights:
+            if self.has_sharpness:
                 radius = S1_RADIUS_TINY if self.config.tiny else S1_RADIUS
                 scores["s1"] = reward_sharpness(self.reward, images, batch.prompts, radius)
             shown = max(0, 16 - i * self.micro_batch_size)
@@ -1176,10 +1183,11 @@ class Run:
             for name, value in record.items():
                 self.board.add_scalar(("eval/" if "eval" in record else "train/") + name, value, record["step"])
 
-    def fit(self, optimizer, gradient):
+    def fit(self, optimizer, gradient, copies=()):
         """The training loop, with evaluations, best adapter, alarm, checkpoints. Raises RunStopped.
 
-        gradient: step -> a dict for the log; it leaves the gradient of that update, counted from 0, in the adapter.
+        gradient: step -> a dict for the log; it leaves the gradient of that update, counted from 0, in what the
+        optimizer has. copies: more tensors that a resumed run needs.
         """
         from tqdm import tqdm
         config, params = self.config, optimizer.param_groups[0]["params"]
@@ -1189,6 +1197,8 @@ class Run:
             with explained(f"the checkpoint in {config.out} doesn't fit this model"):
                 set_lora(self.pipe.unet, self.saved["adapter"])
                 optimizer.load_state_dict(self.saved["optimizer"])
+                for tensor, copy in zip(copies, self.saved["copies"], strict=True):
+                    tensor.data.copy_(copy)
             step, history, best = (self.saved[name] for name in ("step", "history", "best"))
         if not config.eval_reward:
             print("nothing is held out, so reward hacking can't be seen; give --eval-reward")
@@ -1218,8 +1228,8 @@ class Run:
                     save_lora(best["adapter"], self.out / "best")
                     text = json.dumps({name: value for name, value in best.items() if name != "adapter"})
                     write_whole(self.out / "best" / "best.json", f"{text}\n".encode())
-                state = {"step": step, "history": history, "best": best, "adapter": adapter, "optimizer":
-                         optimizer.state_dict(), "log_bytes": (self.out / "log.jsonl").stat().st_size}
+                state = {"step": step, "history": history, "best": best, "adapter": adapter, "copies": list(copies),
+                         "optimizer": optimizer.state_dict(), "log_bytes": (self.out / "log.jsonl").stat().st_size}
                 torch.save(state, content := io.BytesIO())
                 write_whole(self.out / CHECKPOINT, content.getvalue())
 
@@ -1279,11 +1289,11 @@ class Run:
         print()
         if history:
             names = [name for name in history[0] if name not in ("eval", "step", "alarm")]
-            held_out = len(names) - len(self.weights) - 1
-            roles = ["trained on"] * len(self.weights) + ["held out"] * held_out + ["sharpness"]
+            roles = {**dict.fromkeys(names, "held out"), **dict.fromkeys(names[:len(self.weights)], "trained on"),
+                     "s1": "sharpness"}
             print_table(["before", "after", "change"], {
-                f"{name} ({role})": (history[0][name], history[-1][name], history[-1][name] - history[0][name])
-                for name, role in zip(names, roles)})
+                f"{name} ({roles[name]})": (history[0][name], history[-1][name], history[-1][name] - history[0][name])
+                for name in names})
         alarms = [scores["step"] for scores in history if scores["alarm"]]
         print("best", {name: value for name, value in best.items() if name != "adapter"} if best else "is not known")
         print(f"ALARM: reward hacking at step {alarms}, the training reward rose and the held-out score fell" if alarms
@@ -1351,12 +1361,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(argv=None):
+def parse(argv=None, kind=Config, tiny=TINY):
     """The Config of a command line. --tiny replaces defaults, and what is given wins. Raises UserError."""
-    parser = Parser(description="Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models.",
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False, usage="python rsaft.py [FLAGS]",
+    parser = Parser(description=kind.title, usage=f"python {kind.program} [FLAGS]",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
-    for setting in fields(Config):
+    for setting in fields(kind):
         options = {"type": setting.type, "metavar": {int: "N", float: "X"}.get(setting.type), **setting.metadata}
         if setting.type is bool:
             options = {"action": "store_true", **setting.metadata}
@@ -1365,7 +1375,7 @@ def parse(argv=None):
             options["help"] += f" (default: {shown})".replace(f"{HERE}{os.sep}", "")
         parser.add_argument("--" + setting.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    defaults = TINY if "tiny" in given else {}
+    defaults = tiny if "tiny" in given else {}
     if "evaluate" in given:  # by default the model and the sampler that the adapter was trained with
         folder = Path(given["evaluate"]).absolute()
         paths = folder / "config.json", folder.parent / "config.json"          # best/ has none of its own
@@ -1375,25 +1385,25 @@ def parse(argv=None):
                 defaults = {**defaults, **{name: saved[name] for name in (
                     "model", "models", "tiny", "prompts", "eval_prompts", "sampling_steps", "guidance_scale", "height",
                     "width", "micro_batch_size", "eval_images")}}
-    return Config(**{**defaults, **given})
+    return kind(**{**defaults, **given})
 
 
-def main(argv=None):
+def main(argv=None, train=train, kind=Config, tiny=TINY):
     """Run a command line. Returns the exit code: 0, 2 for what the user can put right, 1 for a run that stopped."""
     try:
         with contextlib.redirect_stdout(None if RANK > 0 else sys.stdout):
-            config = parse(argv)
+            config = parse(argv, kind, tiny)
             (judge if config.evaluate else train)(config)
         return 0
     except (UserError, RunStopped) as error:
-        print(f"rsaft.py: {error}", file=sys.stderr)
+        print(f"{kind.program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("rsaft.py: stopped by hand; what the last checkpoint holds is saved", file=sys.stderr)
+        print(f"{kind.program}: stopped by hand; what the last checkpoint holds is saved", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
-        print("rsaft.py: out of memory; try --gradient-checkpointing, a smaller --micro-batch-size, --dtype bfloat16",
-              file=sys.stderr)
+        print(f"{kind.program}: out of memory; try --gradient-checkpointing, a smaller --micro-batch-size, "
+              "--dtype bfloat16", file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

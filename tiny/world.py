@@ -113,3 +113,8 @@ def oracle(images, prompts):
     captions, error = parse(prompts), distances(images)
     return {"accuracy": (error.argmin(1) == captions).float(),
             "rmse": error[torch.arange(len(captions)), captions]}
+
+
+def accuracy(images, prompts):
+    """The oracle's accuracy alone, (B,): an example of a reward that no gradient passes through, for related/."""
+    return oracle(images, prompts)["accuracy"]

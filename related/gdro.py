@@ -75,7 +75,8 @@ class Config(Settings):
     ema_decay: float = option(0.99, "of the average of the weights, which is what is evaluated and saved")
 
 
-TINY = {**rsaft.TINY, "batch_size": 48, "train_steps": 200, "eval_every": 40}  # chosen on seed 1
+# Chosen on seed 1. With the published beta, 12, the model drifts here: it rises for 40 updates, and then falls.
+TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
 
 
 def check(config):

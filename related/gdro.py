@@ -75,7 +75,8 @@ class Config(Settings):
     ema_decay: float = option(0.99, "of the average of the weights, which is what is evaluated and saved")
 
 
-# Chosen on seed 1. With the published beta, 12, the model drifts here: it rises for 40 updates, and then falls.
+# Beta and length are those of a run on seed 1, after seed 0 had shown that with the published beta, 12, the reward
+# rises here for 40 updates and then falls.
 TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
 
 

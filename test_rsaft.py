@@ -1,4 +1,4 @@
-"""What rsaft.py claims, claim by claim, in its own order: `pytest`. About seven minutes on two CPU cores.
+"""What rsaft.py claims, claim by claim, in its own order: `pytest`.
 
 The models are the trained ones of tiny/; where a closed form exists, it is the judge. The tests that load an adapter
 into diffusers need peft, which rsaft.py itself does not.

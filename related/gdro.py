@@ -222,7 +222,8 @@ def read_pictures(run, folder):
     """The scored pictures in `folder`: {prompt: (latents (n, C, h, w), rewards (n,))}, on the CPU.
 
     Of a line only file, prompt and reward are needed; pictures without a NAME.safetensors are encoded by the VAE.
-    Raises UserError for what can't be read, a wrong size, a reward that isn't finite, too few pictures of a prompt.
+    Raises UserError for what can't be read or isn't drawn to the end, a wrong size, a reward that isn't finite, too few
+    pictures of a prompt.
     """
     import numpy
     from PIL import Image
@@ -231,7 +232,12 @@ def read_pictures(run, folder):
     if run.config.reward:
         check_settings(folder, {"reward": run.config.reward})
     with explained(f"--data {folder}: {LINES} can't be read"):
-        lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+        text = (folder / LINES).read_text()
+        if (folder / SETTINGS).is_file():
+            drawn = json.loads((folder / SETTINGS).read_text())
+            if text.count("\n") < len(drawn["prompts"]) * drawn["pictures"]:
+                raise UserError(f"--data {folder} is drawn in part; without --train the same flags draw the rest")
+        lines = [json.loads(line) for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         with explained(f"--data {folder}: line {number} of {LINES} won't do"):
             path = folder / line["file"]

@@ -389,6 +389,9 @@ def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(tmp_path
     (broken / "pictures.jsonl").write_text(text[:len(text) * 11 // 20])
     for path in broken.glob("00001[0-9].*"):
         path.unlink()
+    capsys.readouterr()
+    assert call(gdro.main, *flags[:-1], "--train", "--data", broken) == 2
+    assert "is drawn in part" in capsys.readouterr().err
     drawn = []
     draw, gdro.rsaft.Run.reward = rsaft.Run.reward, lambda *arguments: drawn.append(1) or draw(*arguments)
     try:

@@ -96,8 +96,11 @@ def clip_scores(model, ids, images):
     return model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-def build_clip(folder, name, seed, steps, augmented):
-    """A contrastive model of pictures and captions. One batch holds each caption exactly once."""
+def build_clip(folder, name, seed, steps, augmented=False, pictures=None):
+    """A contrastive model of pictures and captions. One batch holds each caption exactly once.
+
+    pictures: train on so many of each caption, drawn once and used over and over; without it all are new.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     words = tokenizer()
@@ -105,9 +108,10 @@ def build_clip(folder, name, seed, steps, augmented):
                   image_size=SIZE, patch_size=4, hidden_act="gelu")
     model = CLIPModel(CLIPConfig(text_config=text_config(words), vision_config=vision, projection_dim=64)).train()
     ids, target = tokens(words, CAPTIONS), torch.arange(len(CAPTIONS))
+    drawn = [sample(target, generator) for _ in range(pictures or 0)]
 
     def loss(step):
-        images = sample(target, generator)
+        images = drawn[step % pictures] if drawn else sample(target, generator)
         scores = clip_scores(model, ids, augment(images, generator) if augmented else images)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
@@ -138,7 +142,7 @@ def build_vae(folder):
     vae.save_pretrained(folder)
 
 
-def build_unet(folder, vae_folder):
+def build_unet(folder, vae_folder, stop=UNET_STOP):
     """UNet and text encoder, trained together to predict the noise; the saved weights are a moving average."""
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(3)
@@ -171,7 +175,7 @@ def build_unet(folder, vae_folder):
     def after():
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
 
-    train("unet", parameters, UNET_STEPS, 2.5e-3, loss, UNET_STOP, after)
+    train("unet", parameters, UNET_STEPS, 2.5e-3, loss, stop, after)
     with torch.no_grad():
         for p, mean in zip(parameters, average):
             p.copy_(mean)
@@ -208,7 +212,7 @@ def measure(root=HERE):
 def main():
     """Build what is missing, each part into a temporary folder that is renamed when it is whole."""
     vae = HERE / "stable-diffusion.vae"           # kept apart until the pipeline is whole
-    parts = {HERE / "pickscore": lambda f: build_clip(f, "pickscore", seed=0, steps=2000, augmented=False),
+    parts = {HERE / "pickscore": lambda f: build_clip(f, "pickscore", seed=0, steps=2000),
              HERE / "judge": lambda f: build_clip(f, "judge", seed=1, steps=2000, augmented=True),
              HERE / "stable-diffusion": lambda f: build_unet(f, vae)}
     if not (HERE / "stable-diffusion").exists():

@@ -1,0 +1,748 @@
+"""Is the picture truly better at the same training reward? The claim of RSA-FT, tested in the small world.
+
+    pip install -r experiments/requirements.txt
+    python experiments/study.py                   # everything, about 12 hours on 2 CPU cores; or part by part:
+    python experiments/study.py --part primary
+    python experiments/study.py --report          # no runs: tables and figures from what study.csv has
+    python experiments/study.py --quick           # the same in small, in a temporary folder: does it still work?
+
+Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand. A study that was killed goes
+on when its command is repeated: a run whose rows are in study.csv is not run again. What is in the tables below was
+written down before the reported runs: parts, seeds, radii, rates, levels, measures. The order of importance is theirs.
+
+THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal proxy, at
+its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis, since an earlier
+prototype showed it unasked, is tried in the part "fast": RSA-FT steadies the run, so that fewer runs fall back from
+their best judge score, and the last ones lie closer together. All else is secondary, and the report says how many
+intervals it prints: one in twenty of them misses the truth by chance alone.
+
+Words. The proxy is the reward that is trained on (pickscore). The judge is a held-out network. The oracle compares each
+picture with renderings of its caption: the share of right ones and an error. A pair is two runs with the same seed: the
+same noise, prompts in the same order, the same initial adapter. Equal proxy: each run's measures, interpolated linearly
+to where its proxy first reaches a level, the base model's plus one of the part's `gains`; pairs in which a run never
+does are left out and counted. Equal network evaluations, equal updates: as many as the shorter run of the pair has.
+Intervals are 95 percent: Student's t over the pairs, for shares Wilson's, for ratios of standard deviations the
+percentiles of a bootstrap over the seeds, for correlations Fisher's z.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import json
+import math
+import multiprocessing
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / name) for name in ("", "tiny", "related")]
+import crd  # noqa: E402, found through the line above, as the next two are
+import gdro  # noqa: E402
+import rsaft  # noqa: E402
+
+
+# ---- What is run: all of it fixed before the reported runs -----------------------------------------------------------
+
+# Rates and levels are from the pilots: at STABLE plain runs rise to the end, at FAST they tend to fall back, and the
+# first level of "primary" and of "fast" is one that all pilot runs at that rate reach. (The seeds 200 to 205 were to be
+# reported first, with a higher level; half of their runs at FAST never got there, so they became a pilot.) Radii: from
+# an earlier prototype of this world with other models, where 0.1 changed the runs and 1 kept them from learning. The
+# number of seeds, updates and parts: what fits into a night.
+SLOW, STABLE, FAST = "2e-3", "4e-3", "8e-3"
+RHO, RHO_W = 0.1, 0.1
+UPDATES, EVAL_EVERY, PICTURES = 60, 10, 144            # 144 pictures: two of each of the 72 captions
+FALL_BACK = 0.5          # a run has fallen back if its last judge score is further than this below its best
+HACKED = 0.05            # a run is hacked if its last oracle accuracy is further than this below its best
+SCALES = (0.25, 0.5, 0.75)                             # of the adapter, after training
+
+SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images", str(PICTURES),
+            "--train-steps", str(UPDATES), "--checkpoint-every", "0"]
+
+# At the paper's radii of 0.01 this reward falls by 1.5 percent (noise) and 0.3 percent (sam). A full-size one falls by
+# about 0.3 percent, by a rough estimate; for noise that is 0.002 here.
+CONFIGURATIONS = {
+    "plain": "", "noise": f"--noise {RHO}", "sam": f"--sam {RHO_W}", "both": f"--noise {RHO} --sam {RHO_W}",
+    **{f"noise {rho}": f"--noise {rho}" for rho in (0.002, 0.01, 0.3)},
+    **{f"sam {rho}": f"--sam {rho}" for rho in (0.01, 0.03, 0.5)},
+    "both 0.01": "--noise 0.01 --sam 0.01",            # the paper's radii
+    "gaussian": f"--noise {RHO} --noise-type gaussian", "window": f"--sam {RHO_W} --sam-rollout window",
+    "two proxies": "--models {worlds}/second --reward pickscore=0.5 second=0.5",
+    "twice as long": "", "gdro": "", "crd": "",
+}
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's are their defaults
+PROGRAMS, OWN_RATE = {"gdro": gdro, "crd": crd}, "2e-3"        # and their default rate; all others are runs of rsaft.py
+WORLDS = {"tiny": "", "strong": "--model {worlds}/strong/stable-diffusion", "brittle": "--models {worlds}/brittle",
+          "unguided": "--guidance-scale 1"}
+FOUR = ("plain", "noise", "sam", "both")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs: the product of methods, seeds and configurations. Each is compared with the plain one of the same seed."""
+    question: str
+    hours: float                        # on 2 CPU cores, estimated from the pilots; parts share runs
+    gains: tuple                        # of the proxy over the base model's, for equal proxy
+    seeds: range
+    configurations: tuple = FOUR
+    rate: str = STABLE
+    methods: tuple = ("draft",)
+    world: str = "tiny"
+
+    def jobs(self):
+        """All runs of a seed before the next seed's, so that what is there at any time is in pairs."""
+        return [self.job(*choice) for choice in product(self.methods, self.seeds, self.configurations)]
+
+    def job(self, method, seed, configuration):
+        return Job(self.world, method, OWN_RATE if configuration in PROGRAMS else self.rate, seed, configuration)
+
+
+PARTS = {  # nothing was chosen on these seeds
+    "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
+    "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
+                 range(206, 222), rate=FAST),
+    "rivals": Part("Is it better than what costs less?", 0.2, (2.0,), range(206, 214),
+                   ("plain", "both", "two proxies")),
+    "slow": Part("Or than half the rate, for as long as RSA-FT takes?", 0.5, (2.0,), range(206, 214),
+                 ("plain", "twice as long"), rate=SLOW),
+    "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
+                   tuple(name for name in CONFIGURATIONS if name not in ("two proxies", "twice as long", *PROGRAMS))),
+    "strong": Part("Where the base model draws all right, so that all gain is hacking?", 1.2, (0.25,), range(400, 408),
+                   world="strong"),
+    "brittle": Part("With a proxy that saw four pictures of each caption?", 1.1, (2.0,), range(400, 408),
+                    world="brittle"),
+    "breadth": Part("With the other four methods?", 2.0, (1.5,), range(300, 304),
+                    methods=("draft-lv", "alignprop", "refl", "drtune")),
+    "gdro": Part("Than GDRO?", 0.4, (0.25,), range(206, 214), ("plain", "both", "gdro")),
+    "crd": Part("Than CRD, in its own way of sampling, without guidance?", 0.8, (2.0,), range(206, 214),
+                ("plain", "both", "crd"), world="unguided"),
+}
+PILOTS = {  # what rates and gains were chosen from
+    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 102), configurations=("plain", "both"), hours=0.2)
+       for name in ("primary", "fast", "slow")},
+    "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
+    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=("plain", "both"), hours=0.2)
+       for name in ("strong", "brittle", "breadth")},
+    "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), hours=0.1),
+}
+AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "step": "updates"}
+MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
+            "diversity": "diversity", "kid": "KID"}
+COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations", "proxy",
+           *MEASURES, "seconds", "alarm")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. Its fields are columns of study.csv."""
+    world: str
+    method: str
+    learning_rate: str
+    seed: int
+    configuration: str
+
+    @property
+    def program(self):
+        """The module whose `main` does it."""
+        return PROGRAMS.get(self.configuration, rsaft)
+
+    def flags(self, settings, worlds):
+        """The command line; what stands later wins."""
+        own = f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}".format(worlds=worlds).split()
+        own += ["--method", self.method] if self.program is rsaft else []
+        steps = round(LONGER.get(self.configuration, 1) * rsaft.parse(settings).train_steps)
+        return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed), "--train-steps", str(steps),
+                *own]
+
+    @property
+    def work(self):
+        """Roughly, in plain runs: the second rollout of sam costs one more."""
+        flags = CONFIGURATIONS[self.configuration]
+        return (1 + ("--sam" in flags and "window" not in flags)) * LONGER.get(self.configuration, 1)
+
+
+# ---- The worlds that only the study has ------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def quiet():
+    """Inside the with block prints are kept, not shown; what went to stderr is yielded."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        yield errors
+
+
+def build_world(name, folder, steps=None):
+    """Make a folder of models: strong, a base model trained to the end; brittle, a proxy that saw few pictures; second,
+    a second proxy (the first one's recipe and another seed) beside the first. With `steps`, fewer training steps."""
+    import build
+    partial, tiny = Path(folder, f"{name}.partial"), build.HERE
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with quiet():
+        if name == "strong":
+            build.build_unet(partial / "stable-diffusion", tiny / "stable-diffusion" / "vae", steps or build.UNET_STEPS)
+        else:
+            shutil.copytree(tiny / "judge", partial / "judge")
+        if name == "brittle":
+            build.build_clip(partial / "pickscore", name, seed=0, steps=steps or 2000, pictures=4)
+        if name == "second":
+            shutil.copytree(tiny / "pickscore", partial / "pickscore")
+            build.build_clip(partial / "second", name, seed=4, steps=steps or 2000)
+    partial.rename(Path(folder, name))
+
+
+# ---- One run, measured -----------------------------------------------------------------------------------------------
+
+EMBEDDINGS = []          # of all pictures that this process's judge has scored, in order, since they were last cleared
+
+
+def watched_judge(files, device):
+    """rsaft.py's judge, which leaves the image embeddings that it computes in EMBEDDINGS."""
+    model = rsaft.load_clip(files)
+    model.visual_projection.register_forward_hook(lambda module, inputs, output: EMBEDDINGS.append(output.detach()))
+    return rsaft.clip_reward(model, files, device, model.logit_scale.exp().item())
+
+
+FILES = rsaft.REWARDS["judge"][1]
+REWARDS = {"judge": (watched_judge, FILES), "second": (rsaft.pickscore, FILES)}     # what runs find under these names
+
+
+def command(program, *flags):
+    """`python rsaft.py FLAGS` in this process, leaving its EMBEDDINGS. Raises RuntimeError where that fails."""
+    EMBEDDINGS.clear()
+    with quiet() as errors:
+        code = program.main([*flags, "--device", "cpu"])
+    if code:
+        raise RuntimeError(errors.getvalue().strip()[-300:])
+
+
+@functools.cache
+def base_embeddings(flags):
+    """Embeddings of as many pictures of the base model as an evaluation has, with the same prompts and other noise."""
+    config = rsaft.parse(flags)
+    EMBEDDINGS.clear()
+    with quiet():
+        rsaft.Run(replace(config, eval_images=2 * config.eval_images)).evaluate()
+    return torch.cat(EMBEDDINGS)[-config.eval_images:]
+
+
+def measured(config, evaluations, base):
+    """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the EMBEDDINGS that they left."""
+    prompts = torch.arange(len(base)) % len(rsaft.read_prompts(config.eval_prompts or config.prompts))   # in turn
+    pictures = torch.cat(EMBEDDINGS)[-len(base) * len(evaluations):]   # before them a random one, to try the judge out
+    return [{"alarm": False, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
+             "kid": kid(x, base, prompts)}
+            for scores, x in zip(evaluations, pictures.split(len(base)), strict=True)]
+
+
+def perform(job, settings, worlds, out):
+    """Do a run in the folder `out`. Returns {configuration: its rows}. Raises RuntimeError.
+
+    After a plain DRaFT-1 run in `tiny` its adapter is also judged at the other SCALES, as the configuration "scaled";
+    the step of such a row is the scale's share of the updates, and the run's own first and last row complete them.
+    """
+    rsaft.REWARDS.update(REWARDS)
+    flags = job.flags(settings, worlds)
+    config = rsaft.parse(flags, job.program.Config, job.program.TINY)
+    base = base_embeddings((*settings, *WORLDS[job.world].format(worlds=worlds).split()))
+    spent = {"seconds": 0.0, "network_evaluations": 0}
+    if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
+        flags += ["--data", f"{out}/groups"]
+        spent["network_evaluations"] = len(rsaft.read_prompts(config.prompts)) * config.pictures * (
+            2 * config.sampling_steps)
+    command(job.program, *flags, "--out", f"{out}/run")
+    evaluations = []
+    for record in map(json.loads, Path(out, "run", "log.jsonl").read_text().splitlines()):
+        spent["seconds"] += record.get("seconds", 0)
+        spent["network_evaluations"] += sum(record.get(f"network_evaluations_{kind}_gradient", 0)
+                                            for kind in ("with", "without"))
+        if "eval" in record:
+            evaluations.append({**record, **spent})
+    rows = {job.configuration: measured(config, evaluations, base)}
+    if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):
+        command(rsaft, "--evaluate", f"{out}/run", "--lora-scale", *map(str, SCALES), "--eval-reward", "pickscore",
+                *config.eval_reward, "--out", f"{out}/scales")
+        scaled = [json.loads(line) for line in Path(out, "scales", "log.jsonl").read_text().splitlines()]
+        scaled = [{**scores, "step": round(scores["lora_scale"] * config.train_steps), **spent} for scores in scaled]
+        rows["scaled"] = [*measured(config, scaled, base), rows["plain"][-1]]
+    return rows
+
+
+def attempt(job, settings, worlds):
+    """For a worker process: (job, what `perform` returns, None), or (job, {}, the error in a line)."""
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            return job, perform(job, settings, worlds, out), None
+    except Exception as error:
+        return job, {}, f"{job}: {type(error).__name__}: {error}"
+
+
+# ---- All runs --------------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """{Job: its rows in order of step, with numbers}, from a CSV file that may not exist yet."""
+    runs = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                job = Job(row["world"], row["method"], row["learning_rate"], int(row["seed"]), row["configuration"])
+                numbers = {name: float(row[name] or "nan") for name in ("proxy", *MEASURES, "seconds")}
+                runs.setdefault(job, []).append({**numbers, "step": int(row["step"]), "alarm": row["alarm"] == "True",
+                                                 "network_evaluations": int(row["network_evaluations"])})
+    return runs
+
+
+def write_rows(path, runs):
+    """The whole file anew, in a fixed order: at no moment is half a run in it."""
+    writer = csv.DictWriter(text := io.StringIO(), COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for job in sorted(runs, key=lambda job: tuple(vars(job).values())):
+        for row in runs[job]:
+            cells = {name: f"{value:.6g}".replace("nan", "") for name, value in row.items() if isinstance(value, float)}
+            writer.writerow({**row, **cells, **vars(job)})
+    rsaft.write_whole(path, text.getvalue().encode())
+
+
+def start_worker():
+    torch.set_num_threads(1)      # two processes share two cores; and the bits don't depend on how many there are
+
+
+def run_parts(parts, settings, folder, workers=2, build_steps=None):
+    """Do what is missing in the folder's study.csv. Returns the errors, a line each."""
+    from tqdm import tqdm
+    path, worlds, errors = folder / "study.csv", folder / "worlds", []
+    runs = read_rows(path)
+    missing = [job for job in dict.fromkeys(job for part in parts.values() for job in part.jobs()) if job not in runs]
+    if not missing:
+        return errors
+    needed = " ".join(word for job in missing for word in job.flags(settings, worlds))
+    unbuilt = [name for name in ("strong", "brittle", "second") if f"{worlds / name}" in needed
+               and not (worlds / name).exists()]
+    # A fresh interpreter for each worker: torch's threads don't survive a fork.
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
+        try:
+            if unbuilt:
+                print(f"building {', '.join(unbuilt)}", flush=True)
+                pool.starmap(build_world, [(name, worlds, build_steps) for name in unbuilt], chunksize=1)
+            one = functools.partial(attempt, settings=settings, worlds=worlds)
+            with tqdm(total=sum(job.work for job in missing), unit="run", smoothing=0, mininterval=10) as progress:
+                for job, rows, error in pool.imap_unordered(one, missing):
+                    runs |= {replace(job, configuration=name): rows[name] for name in rows}
+                    write_rows(path, runs)
+                    errors += [error] if error else []
+                    progress.update(job.work)
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()      # the pool's own SIGTERM would be taken by rsaft.py, which then stops in good order
+            raise
+    return errors
+
+
+# ---- Statistics ------------------------------------------------------------------------------------------------------
+
+def diversity(embeddings, prompts):
+    """Mean distance between the embeddings, scaled to length 1, of two pictures of one prompt.
+
+    embeddings: (N, D); prompts: (N,), equal numbers for equal prompts, at least one of them twice.
+    """
+    pairs = (prompts[:, None] == prompts).triu(1)
+    unit = F.normalize(embeddings, dim=-1)
+    return (unit[:, None] - unit).norm(dim=-1)[pairs].mean().item()
+
+
+def kid(x, y, prompts):
+    """KID (arXiv 1801.01401): the squared MMD of two sets of embeddings, (N, D) each, under the kernel (cosine + 1)^3.
+
+    Unbiased: 0 on average for two sets from one model. No picture is compared with itself, and since every prompt has
+    equally many pictures, unlike in a random draw, pairs of one prompt count as often as they would there: 1 in P.
+    prompts: (N,), the same for both sets, with equally many pictures of each of P prompts, at least two.
+    """
+    same, P = prompts[:, None] == prompts, len(prompts.unique())
+
+    def mean(a, b, counted):
+        kernel = (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T + 1) ** 3
+        return kernel[counted].mean() / P + kernel[~same].mean() * (1 - 1 / P)
+
+    others = same & ~torch.eye(len(x), dtype=torch.bool)
+    return (mean(x, x, others) + mean(y, y, others) - 2 * mean(x, y, same)).item()
+
+
+def at_level(proxy, values, level):
+    """`values` interpolated linearly to where `proxy` first reaches `level`; None if it never does. Lists by step."""
+    for i, reached in enumerate(proxy):
+        if reached >= level:
+            if i == 0:
+                return values[0]
+            share = (level - proxy[i - 1]) / (reached - proxy[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return None
+
+
+def mean_interval(values):
+    """(mean, low, high): Student's t; no interval (nan) from less than two values."""
+    if len(values) < 2:
+        return (values or [math.nan])[0], math.nan, math.nan
+    mean = statistics.mean(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def share_interval(k, n):
+    """(k / n, low, high): Wilson's interval for a share."""
+    return k / n, *stats.binomtest(k, n).proportion_ci(method="wilson")
+
+
+def spread_interval(a, b):
+    """(ratio of two paired samples' standard deviations, low, high): percentiles of a bootstrap of 5 or more pairs."""
+    def ratio(a, b, axis=-1):
+        return a.std(axis, ddof=1) / b.std(axis, ddof=1)
+
+    a, b = numpy.array([a, b])
+    if len(a) < 5:
+        return ratio(a, b), math.nan, math.nan
+    again = stats.bootstrap((a, b), ratio, paired=True, vectorized=True, method="percentile", rng=0)
+    return ratio(a, b), *again.confidence_interval
+
+
+def correlation_interval(x, y):
+    """(Pearson's correlation, low, high): Fisher's z; nan where there is none, or too few pairs for an interval."""
+    if min(len(set(x)), len(set(y))) < 2 or len(x) < 4:
+        return math.nan, math.nan, math.nan
+    r = stats.pearsonr(x, y)
+    return r.statistic, *r.confidence_interval()
+
+
+def falls_back(judge, by=FALL_BACK):
+    """Whether a run's last judge score is more than `by` below its best."""
+    return max(judge) - judge[-1] > by
+
+
+def alarm_verdict(steps, accuracy, alarms):
+    """What a run's first alarm was worth, and how many updates after the oracle's best it came, if it was right.
+
+    "caught": the last oracle accuracy is more than HACKED below the best, and the alarm came after the best. "false":
+    there was an alarm all the same. "missed": the accuracy fell so far without one. "none": neither. Lists by step.
+    """
+    best, hacked = steps[accuracy.index(max(accuracy))], max(accuracy) - accuracy[-1] > HACKED
+    first = next((step for step, alarm in zip(steps, alarms) if alarm), None)
+    if first is None:
+        return ("missed" if hacked else "none"), None
+    return ("caught", first - best) if hacked and first > best else ("false", None)
+
+
+# ---- What came out ---------------------------------------------------------------------------------------------------
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+def outcome(rows, measure, gain=None):
+    """A run's measure where its proxy has gained so much, None if it never does; without a gain, at its end."""
+    if gain is None:
+        return rows[-1][measure]
+    return at_level(column(rows, "proxy"), column(rows, measure), rows[0]["proxy"] + gain)
+
+
+def at_equal(axis, gain, *pair):
+    """Two runs' measures, {name: value} each, at equal proxy, network evaluations or updates; None if one isn't there.
+
+    Equal proxy is the base model's plus `gain`; of the others, as many as the shorter of the two runs has.
+    """
+    level = pair[0][0]["proxy"] + gain if axis == "proxy" else min(rows[-1][axis] for rows in pair)
+    ends = [{name: at_level(column(rows, axis), column(rows, name), level) for name in ("proxy", *MEASURES)}
+            for rows in pair]
+    return None if None in (end["proxy"] for end in ends) else ends
+
+
+def of_seeds(runs, part, configuration, method="draft"):
+    """{seed: rows} of a part's finished runs."""
+    jobs = {seed: part.job(method, seed, configuration) for seed in part.seeds}
+    return {seed: runs[job] for seed, job in jobs.items() if job in runs}
+
+
+def cell(estimate, low, high):
+    """An estimate and its interval; the report counts the brackets."""
+    return f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]".replace(" [+nan, +nan]", "").replace("+nan", "")
+
+
+def table(header, rows):
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def differences(runs, part):
+    """Each configuration minus plain, pair by pair, at equal proxy, equal network evaluations, equal updates."""
+    lines = []
+    for method, configuration in product(part.methods, (*part.configurations, "scaled")):
+        tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, "plain"))
+        pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != "plain"]
+        for axis, gain in *(("proxy", gain) for gain in part.gains), ("network_evaluations", 0), ("step", 0):
+            # A scaled adapter has no updates of its own, and where both runs cost the same two lines would be one.
+            if not pairs or axis != "proxy" and configuration == "scaled" or axis == "network_evaluations" and all(
+                    a[-1][axis] == b[-1][axis] for a, b in pairs):
+                continue
+            ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
+            columns = [[a[measure] - b[measure] for a, b in ends if not math.isnan(a[measure] - b[measure])]
+                       for measure in ("proxy", *MEASURES)]
+            lines.append([method, configuration, AXES[axis].format(gain), f"{len(ends)} of {len(pairs)}",
+                          "" if axis == "proxy" else cell(*mean_interval(columns[0])),
+                          *(cell(*mean_interval(values)) for values in columns[1:])])
+    return table(["method", "configuration", "at equal", "pairs", "proxy", *MEASURES.values()], lines)
+
+
+def steadiness(runs, part):
+    """How many runs fall back from their best judge score, and how far the last scores lie apart."""
+    lines = []
+    for configuration in part.configurations:
+        tuned, plain = (of_seeds(runs, part, name) for name in (configuration, "plain"))
+        both = [seed for seed in tuned if seed in plain]
+        if len(both) > 1:
+            judge, judge_plain = ([column(rows[seed], "judge") for seed in both] for rows in (tuned, plain))
+            last, last_plain = ([scores[-1] for scores in judges] for judges in (judge, judge_plain))
+            deeper = [(max(a) - a[-1]) - (max(b) - b[-1]) for a, b in zip(judge, judge_plain)]
+            fell = sum(map(falls_back, judge))
+            lines.append([configuration, f"{fell} of {len(both)}", cell(*share_interval(fell, len(both))),
+                          "" if configuration == "plain" else cell(*mean_interval(deeper)),
+                          f"{statistics.mean(last):.2f}", f"{min(last):.2f}", f"{statistics.stdev(last):.3f}",
+                          "" if configuration == "plain" else cell(*spread_interval(last, last_plain))])
+    return table(["configuration", f"fell back by {FALL_BACK}", "share", "depth of the fall, minus plain's",
+                  "mean of the last judge scores", "lowest", "their standard deviation", "over plain's"], lines)
+
+
+def rivals(runs, parts):
+    """What a user would end with, each minus RSA-FT's last adapter, pair by pair. The oracle is the one to read: the
+    judge has chosen some of these itself."""
+    def last(rows):
+        return rows[-1]
+
+    def stopped(rows):
+        return max(rows, key=lambda row: row["judge"])
+
+    part, slow = parts["rivals"], parts["slow"]
+    ends = {"plain": (part, "plain", last), "plain, stopped at the judge's best": (part, "plain", stopped),
+            "plain, scaled to the judge's best": (part, "scaled", stopped),
+            "half the rate": (slow, "plain", last), "half the rate, twice as long": (slow, "twice as long", last),
+            "mean of two proxies": (part, "two proxies", last),
+            "RSA-FT, stopped at the judge's best": (part, "both", stopped)}
+    reference, lines = of_seeds(runs, part, "both"), []
+    for name, (of, configuration, end) in ends.items():
+        runs_of = of_seeds(runs, of, configuration)
+        pairs = [(end(runs_of[seed]), reference[seed][-1]) for seed in runs_of if seed in reference]
+        if pairs:
+            lines.append([name, len(pairs), *(cell(*mean_interval([a[measure] - b[measure] for a, b in pairs]))
+                                              for measure in ("proxy", "judge", "oracle_accuracy", "oracle_rmse"))])
+    return table(["minus RSA-FT's last", "pairs", "proxy", "judge", "oracle accuracy", "oracle error"], lines)
+
+
+def sharpness(runs, parts):
+    """Pearson's correlation over runs of S1 with the judge (the paper: -0.80 and -0.67), here with the oracle too."""
+    lines, gain = [], parts["primary"].gains[0]
+    jobs = {job for part in parts.values() if part.world == "tiny" for job in part.jobs()
+            if job in runs and job.configuration != "two proxies"}                 # whose S1 is that of another reward
+    plain = {job for job in jobs if (job.method, job.configuration) == ("draft", "plain")}
+    for (what, chosen), at in product({"all methods and configurations": jobs, "plain DRaFT-1": plain}.items(),
+                                      (None, gain)):
+        ends = [[outcome(runs[job], name, at) for name in ("s1", "judge", "oracle_accuracy")]
+                for job in sorted(chosen, key=str)]
+        s1, *held_out = list(zip(*(end for end in ends if None not in end))) or [()]
+        if len(s1) > 2:
+            lines.append([what, "the last update" if at is None else f"proxy +{gain}", len(s1),
+                          *(cell(*correlation_interval(s1, end)) for end in held_out)])
+    return table(["runs", "at", "number", "S1 with judge", "S1 with oracle accuracy"], lines)
+
+
+def alarms(runs, part):
+    """How often the alarm was right, and how late."""
+    lines = []
+    for configuration in part.configurations:
+        verdicts = [alarm_verdict(*(column(rows, name) for name in ("step", "oracle_accuracy", "alarm")))
+                    for rows in of_seeds(runs, part, configuration).values()]
+        if verdicts:
+            counts = [sum(verdict == name for verdict, _ in verdicts) for name in ("caught", "missed", "false", "none")]
+            delays = [delay for verdict, delay in verdicts if verdict == "caught"]
+            lines.append([configuration, *counts, f"{statistics.median(delays):.0f}" if delays else ""])
+    return table(["configuration", "hacked, alarm", "hacked, no alarm", "false alarm", "neither",
+                  "median updates from the oracle's best to the alarm"], lines)
+
+
+def every_run(runs, parts):
+    """A line for each run: what the pilots' choices are made from."""
+    lines = []
+    for job in dict.fromkeys(job for part in parts.values() for job in part.jobs()):
+        if rows := runs.get(job):
+            lines.append([job.world, job.method, job.learning_rate, job.configuration, job.seed,
+                          f"{max(column(rows, 'proxy')) - rows[0]['proxy']:.2f}",
+                          *(f"{choose(column(rows, name)):.3f}, {rows[-1][name]:.3f}" for name, choose in
+                            (("judge", max), ("oracle_accuracy", max), ("oracle_rmse", min)))])
+    return table(["world", "method", "rate", "configuration", "seed", "best gain of the proxy",
+                  "judge: best, last", "oracle accuracy: best, last", "oracle error: best, last"], lines)
+
+
+def report(runs, parts, pilots):
+    """All tables, as Markdown."""
+    text = ["# What came out\n", "By `python experiments/study.py`, which says what the words mean. Estimates have 95 "
+            "percent intervals in brackets."]
+    for name, part in parts.items():
+        done = sum(job in runs for job in part.jobs())
+        text.append(f"\n## {name}: {part.question} ({done} of {len(part.jobs())} runs)\n")
+        if done:
+            never = {gain: [" ".join([job.method, job.configuration, str(job.seed)]) for job in part.jobs()
+                            if job in runs and outcome(runs[job], "proxy", gain) is None] for gain in part.gains}
+            text += [differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
+                                                for gain, names in never.items())]
+        if name in ("primary", "fast"):
+            text += ["\nFalling back:\n", steadiness(runs, part),
+                     f"\nThe alarm (hacked: the oracle's accuracy ends {HACKED} or more below its best):\n",
+                     alarms(runs, part)]
+    text += ["\n## Is it better than what costs less?\n", rivals(runs, parts),
+             "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts)]
+    text += ["\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots)]
+    text = "\n".join(text)
+    return f"{text}\n\nIntervals: {text.count('[')}. One in twenty misses the truth by chance alone.\n"
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728"}
+LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
+          "both": "RSA-FT"}
+PANELS = {"judge": "score of a second reward model,\nnever trained on",
+          "oracle_accuracy": "share of pictures that show\nwhat the caption says",
+          "oracle_rmse": "distance to a clean drawing\nof the caption (less is better)"}
+
+
+def draw_curves(runs, parts, path):
+    """The held-out measures against the score that is trained on: the mean over the seeds and its 95 percent band.
+
+    At each score a run counts with its measure where it first reaches it. A curve ends where a quarter of its runs no
+    longer get there. Dotted: the levels of equal proxy.
+    """
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(len(parts), len(PANELS), figsize=(11, 3.4 * len(parts)), squeeze=False,
+                                   sharex=True, sharey="col", layout="constrained")
+    for (part, (measure, label)), axis in zip(product(parts, PANELS.items()), axes.flat):
+        for configuration in part.configurations:
+            runs_of = list(of_seeds(runs, part, configuration).values())
+            points = []
+            for i in range(100 if runs_of else 0):
+                gain = 2 * i * part.gains[-1] / 100
+                values = [outcome(rows, measure, gain) for rows in runs_of]
+                values = [value for value in values if value is not None]
+                if len(values) < max(2, 0.75 * len(runs_of)):
+                    break
+                points.append((runs_of[0][0]["proxy"] + gain, *mean_interval(values)))
+            if points:
+                x, mean, low, high = zip(*points)
+                axis.plot(x, mean, color=COLOURS[configuration], label=LABELS[configuration])
+                axis.fill_between(x, low, high, color=COLOURS[configuration], alpha=0.15, linewidth=0)
+                for gain in part.gains:
+                    axis.axvline(x[0] + gain, color="#bbbbbb", linestyle=":", linewidth=1)
+        axis.set_xlabel("score that is trained on")
+        axis.set_title(f"{label}\n(learning rate {float(part.rate):g})", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    if axes[0, 0].lines:
+        axes[0, 0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_samples(part, settings, folder, path):
+    """Base, plain and RSA-FT at equal proxy: the runs of the first seed once more, for the pictures of the evaluation
+    whose proxy is nearest to the level. The same captions and noise in all three."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
+    shown = {}
+    for configuration in "plain", "both":
+        with tempfile.TemporaryDirectory() as out:
+            job = part.job("draft", part.seeds[0], configuration)
+            rows = perform(job, settings, folder / "worlds", out)[configuration]
+            near = min(rows, key=lambda row: abs(row["proxy"] - rows[0]["proxy"] - part.gains[0]))
+            for row, label in (rows[0], "base model"), (near, LABELS[configuration]):
+                grid = pyplot.imread(Path(out, "run", "samples", f"step_{row['step']:06d}.png"))
+                shown[label] = grid, (f"{label}, {row['step']} updates\nscore trained on {row['proxy']:.1f}, "
+                                      f"share of right pictures {row['oracle_accuracy']:.2f}")
+    for (grid, title), axis in zip(shown.values(), axes):
+        axis.imshow(grid)
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+def quick(folder, workers):
+    """Every part and all of the code, with next to no training, in `folder`. Raises AssertionError."""
+    parts = {name: replace(part, seeds=part.seeds[:2], methods=part.methods[:1], gains=(0.01,),
+                           configurations=("plain", "both") if part.configurations == FOUR else part.configurations)
+             for name, part in PARTS.items()}
+    parts["primary"] = replace(parts["primary"], configurations=FOUR)
+    parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))
+    (folder / "prompts.txt").write_text("\n".join(rsaft.read_prompts(rsaft.TINY["prompts"])[:8]))
+    settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4", "--eval-every", "2",
+                "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]
+    errors = run_parts({"primary": parts["primary"]}, settings, folder, workers)
+    first = (folder / "study.csv").read_text()
+    errors += run_parts(parts, settings, folder, workers, build_steps=3)
+    assert not errors, errors
+    runs, text = read_rows(folder / "study.csv"), (folder / "study.csv").read_text()
+    assert set(first.splitlines()) < set(text.splitlines()), "what was there has changed"
+    assert run_parts(parts, settings, folder, workers) == [] and (folder / "study.csv").read_text() == text
+    assert {job.world for job in runs} == set(WORLDS)
+    for job in (job for part in parts.values() for job in part.jobs()):
+        last = round(4 * LONGER.get(job.configuration, 1))
+        assert column(runs[job], "step") == sorted({*range(0, last, 2), last}), job
+        assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job
+    plain = parts["primary"].jobs()[0]
+    base, end, scaled = runs[plain][0], runs[plain][-1], runs[replace(plain, configuration="scaled")]
+    assert [scaled[0]["proxy"], scaled[-1]["proxy"]] == [base["proxy"], end["proxy"]] and len(scaled) == 5, scaled
+    text = report(runs, parts, {"pilot": parts["rivals"]})
+    assert text.count("[") > 100, text
+    draw_curves(runs, [parts["primary"], parts["fast"]], folder / "study_curves.png")
+    draw_samples(parts["primary"], settings, folder, folder / "study_samples.png")
+    for name in "study_curves.png", "study_samples.png":
+        assert 10_000 < (folder / name).stat().st_size < 300_000, name
+    print(text, "quick: all pieces came out", sep="\n")
+    return 0
+
+
+def main():
+    """Run what is asked for and report what there is. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--part", nargs="+", choices=PARTS | PILOTS, default=list(PARTS), metavar="NAME",
+                        help=f"only these of {', '.join(PARTS | PILOTS)} (default: all but the pilots)")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and curves of what is there")
+    parser.add_argument("--quick", action="store_true", help="everything in small, in a temporary folder")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: 2)")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))          # else the workers would run on
+    if given.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            return quick(Path(folder), given.workers)
+    parts, errors, samples = {name: (PARTS | PILOTS)[name] for name in given.part}, [], HERE / "study_samples.png"
+    if not given.report:
+        print(f"about {sum(part.hours for part in parts.values()):.1f} hours, less what study.csv has")
+        errors = run_parts(parts, SETTINGS, HERE, given.workers)
+        if "primary" in parts and not samples.exists():
+            draw_samples(PARTS["primary"], SETTINGS, HERE, samples)
+    runs = read_rows(HERE / "study.csv")
+    draw_curves(runs, [PARTS["primary"], PARTS["fast"]], HERE / "study_curves.png")
+    text = report(runs, PARTS, PILOTS)
+    (HERE / "study.md").write_text(text)
+    print(text, *errors, sep="\n")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The arithmetic of study.py, held to formulas written out another way. No models are loaded."""
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in "matplotlib", "scipy":       # in experiments/requirements.txt, not in the main one
+    pytest.importorskip(package)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import study  # noqa: E402, found through the line above
+
+
+def test_equal_proxy_is_interpolated_at_the_first_crossing():
+    proxy, judge = [24.0, 25.0, 27.0, 26.0, 28.0], [10.0, 11.0, 13.0, 5.0, 4.0]
+    assert study.at_level(proxy, judge, 24.0) == 10.0
+    assert study.at_level(proxy, judge, 26.0) == 12.0          # half way up to 27, not on the way down again
+    assert study.at_level(proxy, judge, 27.5) == 4.25
+    assert study.at_level(proxy, judge, 28.5) is None
+
+
+def test_paired_interval_is_that_of_the_textbook():
+    # Student's own sleep data (1908), differences of ten patients: mean 1.58, 95 percent interval 0.70 to 2.46.
+    differences = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert [round(x, 2) for x in study.mean_interval(differences)] == [1.58, 0.70, 2.46]
+    assert study.mean_interval([3.0])[0] == 3.0 and math.isnan(study.mean_interval([3.0])[1])
+    assert math.isnan(study.mean_interval([])[0])
+
+
+def test_share_interval_solves_wilsons_equation():
+    for k, n in (0, 16), (3, 16), (16, 16):
+        share, low, high = study.share_interval(k, n)
+        for p in low, high:
+            assert abs(abs(share - p) - 1.95996 * (p * (1 - p) / n) ** 0.5) < 1e-6
+
+
+def test_falling_back_is_measured_from_the_best_to_the_last():
+    assert study.falls_back([24.0, 26.0, 25.4], by=0.5)
+    assert not study.falls_back([24.0, 26.0, 25.6], by=0.5)
+    assert not study.falls_back([26.0, 24.0, 26.5], by=0.5)    # it came back
+    runs = {study.PARTS["fast"].job("draft", 206 + i, "plain"):
+            [{"judge": 26.0}, {"judge": 26.0 - 2 * (i < 3) + i / 100}] for i in range(16)}
+    fast = study.steadiness(runs, study.PARTS["fast"])
+    assert "| 3 of 16 |" in fast
+
+
+def test_ratio_of_spreads_is_exact_and_its_interval_holds_it():
+    a = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ratio, low, high = study.spread_interval((2 * a).tolist(), a.tolist())
+    assert abs(ratio - 2) < 1e-9 and abs(low - 2) < 1e-6 and abs(high - 2) < 1e-6     # paired: no uncertainty is left
+    b = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ratio, low, high = study.spread_interval(a.tolist(), b.tolist())
+    assert low < ratio < high and abs(ratio - (a.std() / b.std()).item()) < 1e-9
+
+
+def test_correlation_interval_is_fishers():
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [2.0, 1.0, 4.0, 3.0, 7.0, 5.0, 6.0]
+    r, low, high = study.correlation_interval(x, y)
+    assert abs(r - 23 / 28) < 1e-9
+    assert abs(math.atanh(high) + math.atanh(low) - 2 * math.atanh(r)) < 1e-9
+    assert abs(math.atanh(high) - math.atanh(low) - 1.95996) < 1e-5          # 2 z / sqrt(7 - 3)
+
+
+def test_alarm_is_early_late_false_or_missed():
+    steps = [0, 10, 20, 30, 40]
+    falling, rising = [0.5, 0.7, 0.6, 0.6, 0.5], [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert study.alarm_verdict(steps, falling, [False, False, False, False, True]) == ("caught", 30)
+    assert study.alarm_verdict(steps, falling, [True, False, False, False, True]) == ("false", None)
+    assert study.alarm_verdict(steps, falling, [False] * 5) == ("missed", None)
+    assert study.alarm_verdict(steps, rising, [False] * 4 + [True]) == ("false", None)
+    assert study.alarm_verdict(steps, rising, [False] * 5) == ("none", None)
+
+
+def test_kid_is_the_double_sum_written_out():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    prompts = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def mean(a, b, itself):
+        total = 0.0
+        for p in range(3):
+            for q in range(3):
+                pairs = [(i, j) for i in range(6) for j in range(6)
+                         if prompts[i] == p and prompts[j] == q and (itself or i != j)]
+                kernel = [(torch.dot(a[i], b[j]) / a[i].norm() / b[j].norm() + 1).item() ** 3 for i, j in pairs]
+                total += sum(kernel) / len(kernel) / 9
+        return total
+
+    expected = mean(x, x, False) + mean(y, y, False) - 2 * mean(x, y, True)
+    assert abs(study.kid(x, y, prompts) - expected) < 1e-9
+
+
+def test_kid_of_two_draws_from_one_model_is_0_on_average_and_not_of_two():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.arange(24) % 12
+    centres = torch.randn(12, 8, generator=generator)[prompts]
+    same, moved = [], []
+    for _ in range(400):
+        x, y = centres + torch.randn(2, 24, 8, generator=generator)
+        same.append(study.kid(x, y, prompts))
+        moved.append(study.kid(x + 0.5, y, prompts))
+    mean, low, high = study.mean_interval(same[:30])
+    assert low < 0 < high and abs(sum(same) / 400) < 0.01 and sum(moved) / 400 > 0.05
+
+
+def test_diversity_compares_pictures_of_one_prompt_alone():
+    embeddings = torch.tensor([[1.0, 0], [0, 3], [0, 2], [0, 5]])
+    assert abs(study.diversity(embeddings, torch.tensor([0, 1, 0, 1])) - 2 ** 0.5 / 2) < 1e-6    # sqrt 2, and 0
+
+
+def test_a_table_of_rows_survives_its_file(tmp_path):
+    job = study.Job("tiny", "draft", "4e-3", 200, "noise 0.01")
+    row = {**dict.fromkeys(("proxy", *study.MEASURES, "seconds"), 0.5), "network_evaluations": 640}
+    study.write_rows(tmp_path / "study.csv", {job: [{**row, "step": 0, "alarm": False},
+                                                    {**row, "step": 10, "alarm": True}]})
+    runs = study.read_rows(tmp_path / "study.csv")
+    assert runs == {job: [{**row, "step": 0, "alarm": False}, {**row, "step": 10, "alarm": True}]}
+    before = (tmp_path / "study.csv").read_bytes()
+    study.write_rows(tmp_path / "study.csv", runs)
+    assert (tmp_path / "study.csv").read_bytes() == before
+
+
+def test_parts_are_paired_and_none_is_reported_from_a_pilot_seed():
+    pilot, reported = {seed for part in study.PILOTS.values() for seed in part.seeds}, set()
+    for part in study.PARTS.values():
+        assert "plain" in part.configurations and len(set(part.jobs())) == len(part.jobs())
+        assert not pilot & set(part.seeds)
+        reported |= {(job.world, job.method, job.configuration) for job in part.jobs()}
+    assert len(study.PARTS["primary"].seeds) >= 16
+    for kind, what in enumerate((study.WORLDS, study.rsaft.METHODS, study.CONFIGURATIONS)):
+        assert {names[kind] for names in reported} == set(what)          # nothing is named and never run
+
+
+def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
+    for part in (study.PARTS | study.PILOTS).values():
+        for job in part.jobs():
+            config = study.rsaft.parse(job.flags(study.SETTINGS, tmp_path), job.program.Config, job.program.TINY)
+            assert config.program == {"gdro": "related/gdro.py", "crd": "related/crd.py"}.get(
+                job.configuration, "rsaft.py")
+            assert (config.seed, config.learning_rate) == (job.seed, float(job.learning_rate))
+            assert config.train_steps == {"twice as long": 120, "gdro": 100, "crd": 150}.get(job.configuration, 60)
+            if job.program is study.rsaft:
+                words = job.configuration.split()
+                assert config.method == job.method
+                assert bool(config.noise) == any(word in words for word in ("noise", "both", "gaussian"))
+                assert bool(config.sam) == any(word in words for word in ("sam", "both", "window"))
+            else:
+                own = ["--tiny", "--reward", "pickscore", "--seed", str(job.seed)]
+                own = study.rsaft.parse(own, job.program.Config, job.program.TINY)
+                assert config == study.replace(own, eval_every=10, checkpoint_every=0), "their own defaults"
+
+
+def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
+    part = study.PARTS["brittle"]
+
+    def rows(seed, ahead, cost):
+        return [{"proxy": 20 + part.gains[0] * step / 20, "step": step, "network_evaluations": step * cost,
+                 **dict.fromkeys(study.MEASURES, 10.0 * seed + ahead * step)} for step in (0, 10, 20, 30)]
+
+    runs = {study.Job("brittle", "draft", part.rate, seed, name): rows(seed, ahead, cost) for seed in part.seeds[:4]
+            for name, ahead, cost in (("plain", 0.1, 1), ("both", 0.2 + seed / 1e9, 2))}
+    runs[study.Job("brittle", "draft", part.rate, part.seeds[0], "both")].pop()      # this one ends at the level
+    runs[study.Job("brittle", "draft", part.rate, part.seeds[1], "plain")] = rows(part.seeds[1], 0.1, 1)[:2]  # before
+    text = study.differences(runs, part)
+    # At the level all have made 20 updates. At equal cost plain has made 30, 10, 30, 30 and the other half as many,
+    # and the judge ties. At equal updates they have made 20, 10, 30, 30.
+    assert f"| both | proxy +{part.gains[0]} | 3 of 4 |  | +2.0000 [+2.0000, +2.0000] |" in text
+    assert f"| both | network evaluations | 4 of 4 | {-part.gains[0] * 12.5 / 20:+.4f} [" in text
+    assert "| both | updates | 4 of 4 | +0.0000 [+0.0000, +0.0000] | +2.2500 [" in text
+    assert "] | +0.0000 [" in next(line for line in text.splitlines() if "network" in line and "both" in line)

@@ -404,14 +404,11 @@ def share_interval(k, n):
 
 def spread_interval(a, b):
     """(ratio of two paired samples' standard deviations, low, high): percentiles of a bootstrap of 5 or more pairs."""
-    def ratio(a, b, axis=-1):
-        return a.std(axis, ddof=1) / b.std(axis, ddof=1)
-
     a, b = numpy.array([a, b])
-    if len(a) < 5:
-        return ratio(a, b), math.nan, math.nan
-    again = stats.bootstrap((a, b), ratio, paired=True, vectorized=True, method="percentile", rng=0)
-    return ratio(a, b), *again.confidence_interval
+    again = numpy.random.default_rng(0).integers(len(a), size=(10_000, len(a)))
+    with numpy.errstate(invalid="ignore", divide="ignore"):        # where all draws are one pair
+        ratio, ratios = (x.std(-1, ddof=1) / y.std(-1, ddof=1) for x, y in ((a, b), (a[again], b[again])))
+    return ratio, *(numpy.nanpercentile(ratios, (2.5, 97.5)) if len(a) >= 5 else (math.nan, math.nan))
 
 
 def correlation_interval(x, y):
@@ -628,6 +625,7 @@ def draw_curves(runs, parts, path):
     longer get there. Dotted: the levels of equal proxy.
     """
     from matplotlib import pyplot
+    parts = [part for part in parts if len(of_seeds(runs, part, "plain")) > 1] or parts[:1]
     figure, axes = pyplot.subplots(len(parts), len(PANELS), figsize=(11, 3.4 * len(parts)), squeeze=False,
                                    sharex=True, sharey="col", layout="constrained")
     for (part, (measure, label)), axis in zip(product(parts, PANELS.items()), axes.flat):
@@ -661,7 +659,7 @@ def draw_samples(part, settings, folder, path):
     """Base, plain and RSA-FT at equal proxy: the runs of the first seed once more, for the pictures of the evaluation
     whose proxy is nearest to the level. The same captions and noise in all three."""
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.5), layout="constrained")
     shown = {}
     for configuration in "plain", "both":
         with tempfile.TemporaryDirectory() as out:

@@ -169,7 +169,7 @@ class Job:
     def work(self):
         """Roughly, in plain runs: the second rollout of sam costs one more."""
         flags = CONFIGURATIONS[self.configuration]
-        return (1 + ("--sam" in flags and "window" not in flags)) * LONGER.get(self.configuration, 1)
+        return round((1 + ("--sam" in flags and "window" not in flags)) * LONGER.get(self.configuration, 1))
 
 
 # ---- The worlds that only the study has ------------------------------------------------------------------------------
@@ -659,7 +659,7 @@ def draw_samples(part, settings, folder, path):
     """Base, plain and RSA-FT at equal proxy: the runs of the first seed once more, for the pictures of the evaluation
     whose proxy is nearest to the level. The same captions and noise in all three."""
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.35), layout="constrained")
     shown = {}
     for configuration in "plain", "both":
         with tempfile.TemporaryDirectory() as out:

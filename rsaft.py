@@ -877,26 +877,34 @@ def checkpoint_gradients(pipe):
     pipe.vae.enable_gradient_checkpointing()
 
 
+def make_embed(pipe):
+    """A function embed(prompts) -> (B, tokens, width), the prompt_embeds of a StableDiffusionPipeline, frozen.
+
+    A prompt goes through the text encoder once and is kept.
+    """
+    @functools.cache
+    @torch.no_grad()
+    def embed_one(prompt):
+        return pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
+
+    return lambda prompts: torch.cat([embed_one(prompt) for prompt in prompts])
+
+
 def make_generate(pipe, sampling_steps, guidance_scale, latent_shape):
     """A function generate(batch, start=None, *, plan) -> (images, start), from a StableDiffusionPipeline's parts.
 
     start: the latents at the first step with gradient, (B, *latent_shape); None is a rollout from xT. images:
     (B, 3, H, W); with plan.renoised = n there are n + 1 times as many, the sample's own B first. The scheduler is DDIM,
-    made from the pipeline's own. A prompt goes through the text encoder once and is kept.
-    Raises UserError for a scheduler that DDIM can't follow.
+    made from the pipeline's own. Raises UserError for a scheduler that DDIM can't follow.
     """
     from diffusers import DDIMScheduler
     with explained("DDIM can't sample this model"):
         steps = ddim_steps(DDIMScheduler.from_config(pipe.scheduler.config), sampling_steps)
-
-    @functools.cache
-    @torch.no_grad()
-    def embed(prompt):
-        return pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
+    embed = make_embed(pipe)
 
     def generate(batch, start=None, *, plan):
-        prompt_embeds = torch.cat([embed(prompt) for prompt in batch.prompts])
-        denoise = make_denoise(pipe.unet, prompt_embeds, embed("").expand_as(prompt_embeds), guidance_scale)
+        prompt_embeds, negative_embeds = embed(batch.prompts), embed([""] * len(batch.prompts))
+        denoise = make_denoise(pipe.unet, prompt_embeds, negative_embeds, guidance_scale)
         if start is None:
             start = rollout(denoise, batch.noise("xT", latent_shape), steps, plan, stop=plan.window)
         latents = [rollout(denoise, start, steps, plan, first=plan.window)]

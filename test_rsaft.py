@@ -449,6 +449,16 @@ def test_radius_0_is_the_plain_gradient_bit_for_bit(pipe, pickscore):
         assert torch.equal(p.grad, plain)
 
 
+def test_a_prompt_goes_through_the_text_encoder_once_and_comes_out_as_the_pipeline_embeds_it(pipe):
+    calls = []
+    pipe.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    embed = rsaft.make_embed(pipe)
+    first, second = embed(PROMPTS[:2]), embed([PROMPTS[1], "", PROMPTS[0]])
+    assert len(calls) == 3 and not second.requires_grad
+    assert torch.equal(second[[2, 0]], first)
+    assert_close(second, pipe.encode_prompt([PROMPTS[1], "", PROMPTS[0]], "cpu", 1, False)[0])
+
+
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.01, 0.01)])
 def test_splitting_the_batch_changes_nothing_but_rounding(pipe, pickscore, rho, rho_w):
     params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))

@@ -70,8 +70,6 @@ def check(config):
     if config.group_size < 2 or config.batch_size % config.group_size:
         raise UserError(f"--group-size must be at least 2 and divide --batch-size {config.batch_size}, not "
                         f"{config.group_size}")
-    if rsaft.PROCESSES > 1:
-        raise UserError("torchrun is for rsaft.py; here there is one process only")
 
 
 # ---- The method: tensors in, tensors out ---------------------------------------------------------------------------
@@ -146,15 +144,12 @@ def train(config):
     run = rsaft.Run(config, differentiable=False)
     unet, n, device = run.pipe.unet, config.group_size, run.device
     alphas = run.pipe.scheduler.alphas_cumprod.sqrt().tolist()
-    prediction_type = run.pipe.scheduler.config.prediction_type
+    prediction_type, embed = run.pipe.scheduler.config.prediction_type, rsaft.make_embed(run.pipe)
     params = rsaft.add_lora(unet, config.rank, named_generator(config.seed, "lora"))
     old, sampling = ([p.detach().clone() for p in params] for _ in range(2))
     latents = torch.zeros(config.batch_size // n, n, *run.latent_shape, device=device)      # of the epoch's pictures
     rewards = torch.zeros(config.batch_size // n, n, device=device)
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-    def embed(prompt, count):
-        return run.pipe.encode_prompt(prompt, device, count, False)[0].detach()
 
     @torch.no_grad()
     def draw_and_score(prompts, epoch):
@@ -188,7 +183,7 @@ def train(config):
             t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)   # one t for the group, of the noisiest 99 percent
             noise = torch.randn(x0.shape, generator=rng).to(device)
             x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
-            embeds, empty = embed(prompt, n), embed("", n)
+            embeds, empty = embed([prompt] * n), embed([""] * n)
             denoise = rsaft.make_denoise(unet, embeds, empty, guidance_scale=1)
             with torch.no_grad(), holding(params, old):
                 f_old = denoise(x, t)

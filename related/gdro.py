@@ -54,6 +54,10 @@ class Settings(rsaft.Config):
     micro_batch_size: int = option(1, "pictures in memory at a time when drawing; training takes a whole group")
     rank: int = option(32, "of the LoRA adapter")
 
+    def __post_init__(self):
+        if rsaft.PROCESSES > 1:
+            raise UserError("torchrun is for rsaft.py; here there is one process only")
+
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -93,8 +97,6 @@ def check(config):
         raise UserError("--draw and --train exclude each other; leave both out to draw and then train")
     if not config.reward and not (config.train and config.eval_reward):
         raise UserError("--reward needs a name; only with --train and an --eval-reward there may be none")
-    if rsaft.PROCESSES > 1:
-        raise UserError("torchrun is for rsaft.py; here there is one process only")
 
 
 # ---- The method: tensors in, tensors out ---------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def train(config):
         return
     groups = read_pictures(run, folder)
     alphas = run.pipe.scheduler.alphas_cumprod.sqrt().tolist()
-    prediction_type = run.pipe.scheduler.config.prediction_type
+    prediction_type, embed = run.pipe.scheduler.config.prediction_type, rsaft.make_embed(run.pipe)
     # The UNet's own adapter is the average: it is evaluated and saved. What is trained are copies of its tensors, put
     # into the UNet for the time of a gradient.
     average = rsaft.add_lora(unet, config.rank, named_generator(config.seed, "lora"))
@@ -301,8 +303,7 @@ def train(config):
                 t = rsaft.draw(rng, 0, len(alphas) - 1)       # one t for the group: the ranking compares like with like
                 noise = torch.randn(x0.shape, generator=rng).to(run.device)
                 x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
-                embeds = run.pipe.encode_prompt(prompt, run.device, k, False)[0].detach()
-                denoise = rsaft.make_denoise(unet, embeds, None, guidance_scale=1)
+                denoise = rsaft.make_denoise(unet, embed([prompt] * k), None, guidance_scale=1)
                 with torch.no_grad(), rsaft.lora_scale(unet, 0):
                     error_ref = squared_error(denoise(x, t), y)
                 error = squared_error(denoise(x, t), y)

@@ -596,6 +596,12 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeyp
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("main", [gdro.main, crd.main])
+def test_several_processes_are_refused(monkeypatch, capsys, main):
+    monkeypatch.setattr(rsaft, "PROCESSES", 2)
+    assert main(["--tiny"]) == 2 and "one process" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", [gdro, crd])
 def test_help_gives_every_flag_and_none_of_rsafts_own(module, tmp_path):
     command = [sys.executable, module.__file__, "--help"]

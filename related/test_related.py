@@ -544,6 +544,39 @@ def test_an_update_of_gdro_costs_one_evaluation_without_and_one_with_gradient_an
     assert second["best_error"] != pytest.approx(second["best_error_ref"], rel=1e-6)     # the reference stays behind
 
 
+def test_gdros_first_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(tmp_path, few, monkeypatch):
+    from safetensors.torch import load_file
+    data, timesteps, draw = tmp_path / "data", set(), rsaft.draw
+    monkeypatch.setattr(rsaft, "draw", lambda rng, low, high: timesteps.add((low, high)) or draw(rng, low, high))
+    assert call(gdro.main, *GDRO, "--prompts", few, "--data", data, "--beta", 1, "--tau", 0.2, "--gamma", 0.7,
+                "--train-steps", 1, "--out", tmp_path / "out") == 0
+    record, = records(tmp_path / "out")
+    lines = [json.loads(line) for line in (data / "pictures.jsonl").read_text().splitlines()]
+    pipe = rsaft.load_pipeline(str(MODEL))
+    params = rsaft.add_lora(pipe.unet, 4, rsaft.named_generator(0, "lora"))
+    loss, best, rewards = 0, [], []
+    for number, prompt in enumerate(rsaft.training_prompts(PROMPTS[10:15], 0, 0, 2)):
+        rng = rsaft.named_generator(0, 0, number, "group")
+        drawn = [line for line in lines if line["prompt"] == prompt]
+        group = [drawn[i] for i in torch.randperm(4, generator=rng)[:3]]
+        x0 = torch.stack([load_file(data / line["file"].replace(".png", ".safetensors"))["latents"] for line in group])
+        r, t = torch.tensor([line["reward"] for line in group]), draw(rng, 0, 999)
+        noise, squared_alpha = torch.randn(x0.shape, generator=rng), pipe.scheduler.alphas_cumprod[t]
+        f = pipe.unet(squared_alpha.sqrt() * x0 + (1 - squared_alpha).sqrt() * noise, t,
+                      encoder_hidden_states=pipe.encode_prompt([prompt] * 3, "cpu", 1, False)[0]).sample
+        error = (noise - f).square().mean((1, 2, 3))
+        s = error.detach() - error                     # beta is 1, and a new adapter is the reference
+        loss = loss + (gdro.gdro_loss(s, r, 0.2) + 0.7 * error[r.argmax()]) / 2
+        best.append(error[r.argmax()].item())
+        rewards.append(r.mean().item())
+    loss.backward()
+    assert timesteps == {(0, 999)}
+    assert record["reward"] == pytest.approx(sum(rewards) / 2)
+    assert record["best_error"] == pytest.approx(sum(best) / 2, rel=1e-4)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
 def test_a_differentiable_reward_has_its_sharpness_measured_here_too(tmp_path, few):
     assert call(crd.main, *CRD, "--prompts", few, "--reward", "pickscore", "--eval-every", 1, "--train-steps", 1,
                 "--out", tmp_path / "out") == 0

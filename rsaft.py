@@ -826,7 +826,7 @@ def evaluation_latents(count, shape):
 
 @functools.cache
 def find_model(model):
-    """A folder or hub id as from_pretrained takes it, after one short probe: without a network the hub's cached copy."""
+    """A folder or hub id for from_pretrained, after one short probe; without a network the hub's cached copy."""
     if Path(model).is_dir():
         return model
     from huggingface_hub import HfApi, snapshot_download
@@ -1155,7 +1155,7 @@ class Run:
         now = json.loads(json.dumps(self.settings))
         for name in now.keys() - set(MAY_CHANGE):
             if now[name] != then.get(name):
-                raise UserError(f"--resume: the run in {folder} was begun with {name} {then.get(name)}, not {now[name]}")
+                raise UserError(f"--resume: {folder} was begun with {name} {then.get(name)}, not {now[name]}")
         if saved["step"] > self.config.train_steps:
             raise UserError(f"--resume: the run in {folder} is past update {self.config.train_steps}")
         return saved
@@ -1277,10 +1277,11 @@ class Run:
                 step += 1
                 record["seconds"] = time.perf_counter() - began
                 self.write({"step": step, **record, **self.counts, "peak_gb": peak_gb(self.device)})
-                progress.set_postfix(reward=f"{record['reward']:.3f}", seconds=f"{record['seconds']:.1f}", refresh=False)
+                shown = f"reward={record['reward']:.3f}, seconds={record['seconds']:.1f}"
+                progress.set_postfix_str(shown, refresh=False)
                 progress.update()
         except OSError as error:
-            raise RunStopped(f"stopped at update {step}, {error}; what {self.out} held is there still, --resume goes on")
+            raise RunStopped(f"stopped at update {step}, {error}; what {self.out} held is there; --resume goes on")
         except RunStopped:
             raise
         except Exception:
@@ -1328,8 +1329,8 @@ def train(config):
         return rsaft_gradient(batches, generate, run.reward, params, config.noise, config.sam, draws, window)
 
     costs = network_evaluations(make_plan(0), config.guidance_scale > 1, config.sam > 0, window)
-    print(f"{run.device} x {PROCESSES}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update 1 "
-          "takes {} network evaluations without gradient, {} with".format(*(config.batch_size * n for n in costs)))
+    print(f"{run.device} x {PROCESSES}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; update "
+          "1 takes {} network evaluations without gradient, {} with".format(*(config.batch_size * n for n in costs)))
     run.fit(optimizer, gradient)
 
 

@@ -610,9 +610,12 @@ def report(runs, parts, pilots):
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
-COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728"}
+COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728", "gdro": "#9467bd",
+           "crd": "#ff7f0e"}
 LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
-          "both": "RSA-FT"}
+          "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD"}
+TITLES = {"unguided": "sampled without guidance"}
+FIGURES = {"study_curves.png": ("primary", "fast"), "study_related.png": ("gdro", "crd")}
 PANELS = {"judge": "score of a second reward model,\nnever trained on",
           "oracle_accuracy": "share of pictures that show\nwhat the caption says",
           "oracle_rmse": "distance to a clean drawing\nof the caption (less is better)"}
@@ -627,13 +630,12 @@ def draw_curves(runs, parts, path):
     from matplotlib import pyplot
     parts = [part for part in parts if len(of_seeds(runs, part, "plain")) > 1] or parts[:1]
     figure, axes = pyplot.subplots(len(parts), len(PANELS), figsize=(11, 3.4 * len(parts)), squeeze=False,
-                                   sharex=True, sharey="col", layout="constrained")
+                                   sharex="row", sharey="col", layout="constrained")
     for (part, (measure, label)), axis in zip(product(parts, PANELS.items()), axes.flat):
         for configuration in part.configurations:
             runs_of = list(of_seeds(runs, part, configuration).values())
-            points = []
-            for i in range(100 if runs_of else 0):
-                gain = 2 * i * part.gains[-1] / 100
+            points, top = [], max((max(column(rows, "proxy")) - rows[0]["proxy"] for rows in runs_of), default=0)
+            for gain in numpy.linspace(0, top, 100 if runs_of else 0):
                 values = [outcome(rows, measure, gain) for rows in runs_of]
                 values = [value for value in values if value is not None]
                 if len(values) < max(2, 0.75 * len(runs_of)):
@@ -646,11 +648,12 @@ def draw_curves(runs, parts, path):
                 for gain in part.gains:
                     axis.axvline(x[0] + gain, color="#bbbbbb", linestyle=":", linewidth=1)
         axis.set_xlabel("score that is trained on")
-        axis.set_title(f"{label}\n(learning rate {float(part.rate):g})", fontsize=10)
+        axis.set_title(f"{label}\n({TITLES.get(part.world, f'learning rate {float(part.rate):g}')})", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
-    if axes[0, 0].lines:
-        axes[0, 0].legend(frameon=False, fontsize=9)
+    for axis in axes[:, 0]:
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -707,9 +710,10 @@ def quick(folder, workers):
     assert [scaled[0]["proxy"], scaled[-1]["proxy"]] == [base["proxy"], end["proxy"]] and len(scaled) == 5, scaled
     text = report(runs, parts, {"pilot": parts["rivals"]})
     assert text.count("[") > 100, text
-    draw_curves(runs, [parts["primary"], parts["fast"]], folder / "study_curves.png")
+    for name, of in FIGURES.items():
+        draw_curves(runs, [parts[part] for part in of], folder / name)
     draw_samples(parts["primary"], settings, folder, folder / "study_samples.png")
-    for name in "study_curves.png", "study_samples.png":
+    for name in *FIGURES, "study_samples.png":
         assert 10_000 < (folder / name).stat().st_size < 300_000, name
     print(text, "quick: all pieces came out", sep="\n")
     return 0
@@ -735,7 +739,8 @@ def main():
         if "primary" in parts and not samples.exists():
             draw_samples(PARTS["primary"], SETTINGS, HERE, samples)
     runs = read_rows(HERE / "study.csv")
-    draw_curves(runs, [PARTS["primary"], PARTS["fast"]], HERE / "study_curves.png")
+    for name, of in FIGURES.items():
+        draw_curves(runs, [PARTS[part] for part in of], HERE / name)
     text = report(runs, PARTS, PILOTS)
     (HERE / "study.md").write_text(text)
     print(text, *errors, sep="\n")

@@ -629,8 +629,9 @@ def draw_curves(runs, parts, path):
     """
     from matplotlib import pyplot
     parts = [part for part in parts if len(of_seeds(runs, part, "plain")) > 1] or parts[:1]
+    alike = len({part.world for part in parts}) == 1            # another base model has its scores somewhere else
     figure, axes = pyplot.subplots(len(parts), len(PANELS), figsize=(11, 3.4 * len(parts)), squeeze=False,
-                                   sharex="row", sharey="col", layout="constrained")
+                                   sharex=alike, sharey="col" if alike else False, layout="constrained")
     for (part, (measure, label)), axis in zip(product(parts, PANELS.items()), axes.flat):
         for configuration in part.configurations:
             runs_of = list(of_seeds(runs, part, configuration).values())

@@ -678,7 +678,7 @@ def draw_samples(part, settings, folder, path):
         axis.imshow(grid)
         axis.set_title(title, fontsize=10)
         axis.axis("off")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -85,7 +85,7 @@ LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; 
 PROGRAMS, OWN_RATE = {"gdro": gdro, "crd": crd}, "2e-3"        # and their default rate; all others are runs of rsaft.py
 WORLDS = {"tiny": "", "strong": "--model {worlds}/strong/stable-diffusion", "brittle": "--models {worlds}/brittle",
           "unguided": "--guidance-scale 1"}
-FOUR = ("plain", "noise", "sam", "both")
+TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ PARTS = {  # nothing was chosen on these seeds
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
                    tuple(name for name in CONFIGURATIONS if name not in ("two proxies", "twice as long", *PROGRAMS))),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
-                   range(400, 408), ("plain", "both"), world="strong"),
+                   range(400, 408), TWO, world="strong"),
     "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (2.0,), range(400, 408),
-                    ("plain", "both"), world="brittle"),
+                    TWO, world="brittle"),
     "breadth": Part("With the other four methods?", 2.0, (1.5,), range(300, 304),
                     methods=("draft-lv", "alignprop", "refl", "drtune")),
     "gdro": Part("Than GDRO?", 0.4, (0.25,), range(206, 214), ("plain", "both", "gdro")),
@@ -129,10 +129,10 @@ PARTS = {  # nothing was chosen on these seeds
                 ("plain", "both", "crd"), world="unguided"),
 }
 PILOTS = {  # what rates and gains were chosen from
-    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 102), configurations=("plain", "both"), hours=0.2)
+    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 102), configurations=TWO, hours=0.2)
        for name in ("primary", "fast", "slow")},
     "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
-    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=("plain", "both"), hours=0.2)
+    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=TWO, hours=0.2)
        for name in ("strong", "brittle", "breadth")},
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), hours=0.1),
 }
@@ -665,7 +665,7 @@ def draw_samples(part, settings, folder, path):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.35), layout="constrained")
     shown = {}
-    for configuration in "plain", "both":
+    for configuration in TWO:
         with tempfile.TemporaryDirectory() as out:
             job = part.job("draft", part.seeds[0], configuration)
             rows = perform(job, settings, folder / "worlds", out)[configuration]
@@ -687,7 +687,7 @@ def draw_samples(part, settings, folder, path):
 def quick(folder, workers):
     """Every part and all of the code, with next to no training, in `folder`. Raises AssertionError."""
     parts = {name: replace(part, seeds=part.seeds[:2], methods=part.methods[:1], gains=(0.01,),
-                           configurations=("plain", "both") if part.configurations == FOUR else part.configurations)
+                           configurations=TWO if part.configurations == FOUR else part.configurations)
              for name, part in PARTS.items()}
     parts["primary"] = replace(parts["primary"], configurations=FOUR)
     parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))

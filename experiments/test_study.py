@@ -1,5 +1,7 @@
-"""The arithmetic of study.py, held to formulas written out another way. No models are loaded."""
+"""The arithmetic of study.py, held to formulas written out another way, and what is reported of its runs, held to their
+rows. No models are loaded."""
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -169,3 +171,16 @@ def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
     assert f"| both | network evaluations | 4 of 4 | {-part.gains[0] * 12.5 / 20:+.4f} [" in text
     assert "| both | updates | 4 of 4 | +0.0000 [+0.0000, +0.0000] | +2.2500 [" in text
     assert "] | +0.0000 [" in next(line for line in text.splitlines() if "network" in line and "both" in line)
+
+
+def test_what_is_reported_is_what_the_rows_say():
+    text = (study.HERE / "study.md").read_text()
+    assert text == study.report(study.read_rows(study.HERE / "study.csv"), study.PARTS, study.PILOTS)
+    interval = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
+    there = {tuple(map(float, found)) for found in interval.findall(text)}
+    tables = [line for line in (study.HERE.parent / "README.md").read_text().splitlines() if line.startswith("|")]
+    told = interval.findall("\n".join(tables))
+    assert len(told) > 50
+    for numbers in told:
+        unit = 10.0 ** -len(numbers[0].partition(".")[2])
+        assert any(all(abs(float(a) - b) <= 0.51 * unit for a, b in zip(numbers, found)) for found in there), numbers

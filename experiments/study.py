@@ -81,8 +81,9 @@ CONFIGURATIONS = {
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 second=0.5",
     "twice as long": "", "gdro": "", "crd": "",
 }
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's are their defaults
-PROGRAMS, OWN_RATE = {"gdro": gdro, "crd": crd}, "2e-3"        # and their default rate; all others are runs of rsaft.py
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's: their defaults
+PROGRAMS = {"gdro": gdro, "crd": crd}                          # all others are runs of rsaft.py
+OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}     # gdro's and crd's are their defaults here too
 WORLDS = {"tiny": "", "strong": "--model {worlds}/strong/stable-diffusion", "brittle": "--models {worlds}/brittle",
           "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -105,17 +106,15 @@ class Part:
         return [self.job(*choice) for choice in product(self.methods, self.seeds, self.configurations)]
 
     def job(self, method, seed, configuration):
-        return Job(self.world, method, OWN_RATE if configuration in PROGRAMS else self.rate, seed, configuration)
+        return Job(self.world, method, OWN_RATE.get(configuration, self.rate), seed, configuration)
 
 
 PARTS = {  # nothing was chosen on these seeds
     "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
     "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
                  range(206, 222), rate=FAST),
-    "rivals": Part("Is it better than what costs less?", 0.2, (2.0,), range(206, 214),
-                   ("plain", "both", "two proxies")),
-    "slow": Part("Or than half the rate, for as long as RSA-FT takes?", 0.5, (2.0,), range(206, 214),
-                 ("plain", "twice as long"), rate=SLOW),
+    "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
+                   range(206, 214), ("plain", "both", "two proxies", "twice as long")),
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
                    tuple(name for name in CONFIGURATIONS if name not in ("two proxies", "twice as long", *PROGRAMS))),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
@@ -129,8 +128,8 @@ PARTS = {  # nothing was chosen on these seeds
                 ("plain", "both", "crd"), world="unguided"),
 }
 PILOTS = {  # what rates and gains were chosen from
-    **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 102), configurations=TWO, hours=0.2)
-       for name in ("primary", "fast", "slow")},
+    **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate, hours=0.2)
+       for rate in (STABLE, FAST, SLOW)},
     "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
     **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=TWO, hours=0.2)
        for name in ("strong", "brittle", "breadth")},
@@ -484,9 +483,9 @@ def differences(runs, part):
         tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, "plain"))
         pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != "plain"]
         for axis, gain in *(("proxy", gain) for gain in part.gains), ("network_evaluations", 0), ("step", 0):
-            # A scaled adapter has no updates of its own, and where both runs cost the same two lines would be one.
+            # A scaled adapter has no updates of its own, and where updates cost the same two lines would be one.
             if not pairs or axis != "proxy" and configuration == "scaled" or axis == "network_evaluations" and all(
-                    a[-1][axis] == b[-1][axis] for a, b in pairs):
+                    a[1][axis] == b[1][axis] for a, b in pairs):
                 continue
             ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
             columns = [[a[measure] - b[measure] for a, b in ends if not math.isnan(a[measure] - b[measure])]
@@ -522,18 +521,20 @@ def rivals(runs, parts):
     def last(rows):
         return rows[-1]
 
+    def halfway(rows):
+        return rows[len(rows) // 2]
+
     def stopped(rows):
         return max(rows, key=lambda row: row["judge"])
 
-    part, slow = parts["rivals"], parts["slow"]
-    ends = {"plain": (part, "plain", last), "plain, stopped at the judge's best": (part, "plain", stopped),
-            "plain, scaled to the judge's best": (part, "scaled", stopped),
-            "half the rate": (slow, "plain", last), "half the rate, twice as long": (slow, "twice as long", last),
-            "mean of two proxies": (part, "two proxies", last),
-            "RSA-FT, stopped at the judge's best": (part, "both", stopped)}
+    part = parts["rivals"]
+    ends = {"plain": ("plain", last), "plain, stopped at the judge's best": ("plain", stopped),
+            "plain, scaled to the judge's best": ("scaled", stopped), "half the rate": ("twice as long", halfway),
+            "half the rate, twice as long": ("twice as long", last), "mean of two proxies": ("two proxies", last),
+            "RSA-FT, stopped at the judge's best": ("both", stopped)}
     reference, lines = of_seeds(runs, part, "both"), []
-    for name, (of, configuration, end) in ends.items():
-        runs_of = of_seeds(runs, of, configuration)
+    for name, (configuration, end) in ends.items():
+        runs_of = of_seeds(runs, part, configuration)
         pairs = [(end(runs_of[seed]), reference[seed][-1]) for seed in runs_of if seed in reference]
         if pairs:
             lines.append([name, len(pairs), *(cell(*mean_interval([a[measure] - b[measure] for a, b in pairs]))
@@ -601,7 +602,7 @@ def report(runs, parts, pilots):
             text += ["\nFalling back:\n", steadiness(runs, part),
                      f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
                      alarms(runs, part)]
-    text += ["\n## Is it better than what costs less?\n", rivals(runs, parts),
+    text += ["\n## What would a user end with?\n", rivals(runs, parts),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
              "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots)]
     text = "\n".join(text)

@@ -119,7 +119,7 @@ PARTS = {  # nothing was chosen on these seeds
                    tuple(name for name in CONFIGURATIONS if name not in ("two proxies", "twice as long", *PROGRAMS))),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
                    range(400, 408), TWO, world="strong"),
-    "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (2.0,), range(400, 408),
+    "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (1.0, 1.5), range(400, 408),
                     TWO, world="brittle"),
     "breadth": Part("With the other four methods?", 2.0, (1.5,), range(300, 304),
                     methods=("draft-lv", "alignprop", "refl", "drtune")),

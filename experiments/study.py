@@ -113,6 +113,7 @@ PARTS = {  # nothing was chosen on these seeds
     "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
     "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
                  range(206, 222), rate=FAST),
+    # "twice as long" had a part of its own; to compare it at equal proxy too was decided when its runs were there.
     "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
                    range(206, 214), ("plain", "both", "two proxies", "twice as long")),
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),

@@ -516,7 +516,7 @@ def steadiness(runs, part):
                   "mean of the last judge scores", "lowest", "their standard deviation", "over plain's"], lines)
 
 
-def rivals(runs, parts):
+def rivals(runs, part):
     """What a user would end with, each minus RSA-FT's last adapter, pair by pair. The oracle is the one to read: the
     judge has chosen some of these itself."""
     def last(rows):
@@ -528,7 +528,6 @@ def rivals(runs, parts):
     def stopped(rows):
         return max(rows, key=lambda row: row["judge"])
 
-    part = parts["rivals"]
     ends = {"plain": ("plain", last), "plain, stopped at the judge's best": ("plain", stopped),
             "plain, scaled to the judge's best": ("scaled", stopped), "half the rate": ("twice as long", halfway),
             "half the rate, twice as long": ("twice as long", last), "mean of two proxies": ("two proxies", last),
@@ -603,7 +602,7 @@ def report(runs, parts, pilots):
             text += ["\nFalling back:\n", steadiness(runs, part),
                      f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
                      alarms(runs, part)]
-    text += ["\n## What would a user end with?\n", rivals(runs, parts),
+    text += ["\n## What would a user end with?\n", rivals(runs, parts["rivals"]),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
              "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots)]
     text = "\n".join(text)

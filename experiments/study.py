@@ -8,8 +8,8 @@
 
 Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand. A study that was killed goes
 on when its command is repeated: a run whose rows are in study.csv is not run again. What is in the tables below was
-written down before the reported runs, the levels of "brittle" while they ran, unseen: parts, seeds, radii, rates, levels,
-measures. The order of importance is theirs.
+written down before the reported runs (the levels of "brittle" while they ran, unseen): parts, seeds, radii, rates,
+levels, measures. The order of importance is theirs.
 
 THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal proxy, at
 its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis, since an earlier

@@ -8,8 +8,9 @@
 
 Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand. A study that was killed goes
 on when its command is repeated: a run whose rows are in study.csv is not run again. What is in the tables below was
-written down before the reported runs (the levels of "brittle" while they ran, unseen): parts, seeds, radii, rates,
-levels, measures. The order of importance is theirs.
+written down before the reported runs: parts, seeds, radii, rates, levels, measures. (The levels of "brittle" while they
+ran, unseen; those of "breadth", which are the primary's, when its pilot and two of its own runs had been seen.) The
+order of importance is theirs.
 
 THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal proxy, at
 its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis, since an earlier
@@ -123,7 +124,7 @@ PARTS = {  # nothing was chosen on these seeds
                    range(400, 408), TWO, world="strong"),
     "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (1.0, 1.5), range(400, 408),
                     TWO, world="brittle"),
-    "breadth": Part("With the other four methods?", 2.0, (1.5,), range(300, 304),
+    "breadth": Part("With the other four methods?", 2.0, (2.0, 3.0), range(300, 304),
                     methods=("draft-lv", "alignprop", "refl", "drtune")),
     "gdro": Part("Than GDRO?", 0.4, (0.25,), range(206, 214), ("plain", "both", "gdro")),
     "crd": Part("Than CRD, in its own way of sampling, without guidance?", 0.8, (3.0, 4.0), range(206, 214),

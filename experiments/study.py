@@ -479,6 +479,27 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def subtracted(ends):
+    """A cell for each measure: the mean of a's minus b's over the pairs (a, b) of {measure: value} that have both."""
+    return [cell(*mean_interval([a[name] - b[name] for a, b in ends if not math.isnan(a[name] - b[name])]))
+            for name in ("proxy", *MEASURES)]
+
+
+def gained(runs, part):
+    """Each configuration minus the base model, at its end; plain also at the levels of equal proxy."""
+    lines = []
+    for method, configuration in product(part.methods, part.configurations):
+        runs_of = of_seeds(runs, part, configuration, method).values()
+        for gain in (*part.gains, None) if configuration == "plain" else (None,):
+            ends = [({name: outcome(rows, name, gain) for name in ("proxy", *MEASURES)}, rows[0]) for rows in runs_of
+                    if outcome(rows, "proxy", gain) is not None]
+            if ends:
+                proxy, *others = subtracted(ends)
+                lines.append([method, configuration, AXES["proxy"].format(gain) if gain else "the last update",
+                              f"{len(ends)} of {len(runs_of)}", "" if gain else proxy, *others])
+    return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values()], lines)
+
+
 def differences(runs, part):
     """Each configuration minus plain, pair by pair, at equal proxy, equal network evaluations, equal updates."""
     lines = []
@@ -491,11 +512,9 @@ def differences(runs, part):
                     a[1][axis] == b[1][axis] for a, b in pairs):
                 continue
             ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
-            columns = [[a[measure] - b[measure] for a, b in ends if not math.isnan(a[measure] - b[measure])]
-                       for measure in ("proxy", *MEASURES)]
+            proxy, *others = subtracted(ends)
             lines.append([method, configuration, AXES[axis].format(gain), f"{len(ends)} of {len(pairs)}",
-                          "" if axis == "proxy" else cell(*mean_interval(columns[0])),
-                          *(cell(*mean_interval(values)) for values in columns[1:])])
+                          "" if axis == "proxy" else proxy, *others])
     return table(["method", "configuration", "at equal", "pairs", "proxy", *MEASURES.values()], lines)
 
 
@@ -509,13 +528,15 @@ def steadiness(runs, part):
             judge, judge_plain = ([column(rows[seed], "judge") for seed in both] for rows in (tuned, plain))
             last, last_plain = ([scores[-1] for scores in judges] for judges in (judge, judge_plain))
             deeper = [(max(a) - a[-1]) - (max(b) - b[-1]) for a, b in zip(judge, judge_plain)]
+            best = [max(a) - max(b) for a, b in zip(judge, judge_plain)]
             fell = sum(map(falls_back, judge))
+            estimates = mean_interval(deeper), mean_interval(best), spread_interval(last, last_plain)
             lines.append([configuration, f"{fell} of {len(both)}", cell(*share_interval(fell, len(both))),
-                          "" if configuration == "plain" else cell(*mean_interval(deeper)),
                           f"{statistics.mean(last):.2f}", f"{min(last):.2f}", f"{statistics.stdev(last):.3f}",
-                          "" if configuration == "plain" else cell(*spread_interval(last, last_plain))])
-    return table(["configuration", f"fell back by {FALL_BACK}", "share", "depth of the fall, minus plain's",
-                  "mean of the last judge scores", "lowest", "their standard deviation", "over plain's"], lines)
+                          *("" if configuration == "plain" else cell(*estimate) for estimate in estimates)])
+    return table(["configuration", f"fell back by {FALL_BACK}", "share", "mean of the last judge scores", "lowest",
+                  "their standard deviation", "depth of the fall, minus plain's", "best judge score, minus plain's",
+                  "standard deviation, over plain's"], lines)
 
 
 def rivals(runs, part):
@@ -561,17 +582,20 @@ def sharpness(runs, parts):
     return table(["runs", "at", "number", "S1 with judge", "S1 with oracle accuracy"], lines)
 
 
-def alarms(runs, part):
-    """How often the alarm was right, and how late."""
+def alarms(runs_of):
+    """How often the alarm was right, and how late, in {what the runs have in common: each run's rows}."""
     lines = []
-    for configuration in part.configurations:
+    for what, runs in runs_of.items():
         verdicts = [alarm_verdict(*(column(rows, name) for name in ("step", "oracle_accuracy", "alarm")))
-                    for rows in of_seeds(runs, part, configuration).values()]
+                    for rows in runs]
         if verdicts:
-            counts = [sum(verdict == name for verdict, _ in verdicts) for name in ("caught", "missed", "false", "none")]
+            caught, missed, *others = (sum(verdict == name for verdict, _ in verdicts)
+                                       for name in ("caught", "missed", "false", "none"))
             delays = [delay for verdict, delay in verdicts if verdict == "caught"]
-            lines.append([configuration, *counts, f"{statistics.median(delays):.0f}" if delays else ""])
-    return table(["configuration", "hacked, alarm", "hacked, no alarm", "false alarm", "neither",
+            lines.append([what, caught, missed, *others,
+                          cell(*share_interval(caught, caught + missed)) if caught + missed else "",
+                          f"{statistics.median(delays):.0f}" if delays else ""])
+    return table(["runs", "hacked, alarm", "hacked, no alarm", "false alarm", "neither", "share of the hacked caught",
                   "median updates from the oracle's best to the alarm"], lines)
 
 
@@ -598,15 +622,23 @@ def report(runs, parts, pilots):
         if done:
             never = {gain: [" ".join([job.method, job.configuration, str(job.seed)]) for job in part.jobs()
                             if job in runs and outcome(runs[job], "proxy", gain) is None] for gain in part.gains}
-            text += [differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
+            text += ["Minus the base model:\n", gained(runs, part), "\nMinus plain, pair by pair:\n",
+                     differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
         if name in ("primary", "fast"):
             text += ["\nFalling back:\n", steadiness(runs, part),
                      f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
-                     alarms(runs, part)]
+                     alarms({name: of_seeds(runs, part, name).values() for name in part.configurations})]
+    jobs = {job for part in parts.values() for job in part.jobs() if job in runs}
     text += ["\n## What would a user end with?\n", rivals(runs, parts["rivals"]),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
-             "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots)]
+             "\n## What does the alarm catch?\n",
+             alarms({"all of the above": [runs[job] for job in jobs],
+                     **{f"those at {rate}": [runs[job] for job in jobs if job.learning_rate == rate]
+                        for rate in (SLOW, STABLE, FAST)}}),
+             "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots),
+             *(f"\nFalling back in {name}:\n\n{steadiness(runs, part)}" for name, part in pilots.items()
+               if len(part.seeds) > 2)]
     text = "\n".join(text)
     return f"{text}\n\nIntervals: {text.count('[')}. One in twenty misses the truth by chance alone.\n"
 

@@ -176,11 +176,15 @@ def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
 def test_what_is_reported_is_what_the_rows_say():
     text = (study.HERE / "study.md").read_text()
     assert text == study.report(study.read_rows(study.HERE / "study.csv"), study.PARTS, study.PILOTS)
-    interval = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
-    there = {tuple(map(float, found)) for found in interval.findall(text)}
-    tables = [line for line in (study.HERE.parent / "README.md").read_text().splitlines() if line.startswith("|")]
-    told = interval.findall("\n".join(tables))
-    assert len(told) > 50
-    for numbers in told:
-        unit = 10.0 ** -len(numbers[0].partition(".")[2])
-        assert any(all(abs(float(a) - b) <= 0.51 * unit for a, b in zip(numbers, found)) for found in there), numbers
+    interval = re.compile(r"([+-]?\d+\.\d+) \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]")
+    there = torch.tensor([[*map(float, found)] for found in interval.findall(text)], dtype=torch.float64)
+    flipped = -there[:, [0, 2, 1]]                                  # a text says "lower by"
+    there = torch.cat([there, flipped, 100 * there, 100 * flipped])          # and "of a hundred pictures"
+    for page in study.HERE.parent / "README.md", study.HERE / "README.md":
+        told = interval.findall(page.read_text())
+        assert len(told) > 50
+        for numbers in told:
+            unit = 10.0 ** -len(numbers[0].partition(".")[2])
+            off = (there - torch.tensor([*map(float, numbers)], dtype=torch.float64)).abs().amax(1).min()
+            assert off <= 0.51 * unit, (page, numbers)
+    assert f"study.md has {text.count('['):,} intervals" in page.read_text()

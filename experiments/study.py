@@ -174,6 +174,11 @@ class Job:
         return round((1 + ("--sam" in flags and "window" not in flags)) * LONGER.get(self.configuration, 1))
 
 
+def jobs_of(parts):
+    """The runs of {name: Part}, in order; those that parts share, once."""
+    return list(dict.fromkeys(job for part in parts.values() for job in part.jobs()))
+
+
 # ---- The worlds that only the study has ------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -324,7 +329,7 @@ def run_parts(parts, settings, folder, workers=2, build_steps=None):
     from tqdm import tqdm
     path, worlds, errors = folder / "study.csv", folder / "worlds", []
     runs = read_rows(path)
-    missing = [job for job in dict.fromkeys(job for part in parts.values() for job in part.jobs()) if job not in runs]
+    missing = [job for job in jobs_of(parts) if job not in runs]
     if not missing:
         return errors
     needed = " ".join(word for job in missing for word in job.flags(settings, worlds))
@@ -568,8 +573,8 @@ def rivals(runs, part):
 def sharpness(runs, parts):
     """Pearson's correlation over runs of S1 with the judge (the paper: -0.80 and -0.67), here with the oracle too."""
     lines, gain = [], parts["primary"].gains[0]
-    jobs = {job for part in parts.values() if part.world == "tiny" for job in part.jobs()
-            if job in runs and job.configuration != "two proxies"}                 # whose S1 is that of another reward
+    jobs = {job for job in jobs_of(parts) if job in runs and job.world == "tiny"
+            and job.configuration != "two proxies"}                                # whose S1 is that of another reward
     plain = {job for job in jobs if (job.method, job.configuration) == ("draft", "plain")}
     for (what, chosen), at in product({"all methods and configurations": jobs, "plain DRaFT-1": plain}.items(),
                                       (None, gain)):
@@ -602,7 +607,7 @@ def alarms(runs_of):
 def every_run(runs, parts):
     """A line for each run: what the pilots' choices are made from."""
     lines = []
-    for job in dict.fromkeys(job for part in parts.values() for job in part.jobs()):
+    for job in jobs_of(parts):
         if rows := runs.get(job):
             lines.append([job.world, job.method, job.learning_rate, job.configuration, job.seed,
                           f"{max(column(rows, 'proxy')) - rows[0]['proxy']:.2f}",
@@ -629,7 +634,7 @@ def report(runs, parts, pilots):
             text += ["\nFalling back:\n", steadiness(runs, part),
                      f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
                      alarms({name: of_seeds(runs, part, name).values() for name in part.configurations})]
-    jobs = {job for part in parts.values() for job in part.jobs() if job in runs}
+    jobs = [job for job in jobs_of(parts) if job in runs]
     text += ["\n## What would a user end with?\n", rivals(runs, parts["rivals"]),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
              "\n## What does the alarm catch?\n",
@@ -737,7 +742,7 @@ def quick(folder, workers):
     assert set(first.splitlines()) < set(text.splitlines()), "what was there has changed"
     assert run_parts(parts, settings, folder, workers) == [] and (folder / "study.csv").read_text() == text
     assert {job.world for job in runs} == set(WORLDS)
-    for job in (job for part in parts.values() for job in part.jobs()):
+    for job in jobs_of(parts):
         last = round(4 * LONGER.get(job.configuration, 1))
         assert column(runs[job], "step") == sorted({*range(0, last, 2), last}), job
         assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job

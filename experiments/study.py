@@ -285,10 +285,10 @@ def perform(job, settings, worlds, out):
     return rows
 
 
-def attempt(job, settings, worlds):
+def attempt(job, settings, worlds, scratch):
     """For a worker process: (job, what `perform` returns, None), or (job, {}, the error in a line)."""
     try:
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory(dir=scratch) as out:
             return job, perform(job, settings, worlds, out), None
     except Exception as error:
         return job, {}, f"{job}: {type(error).__name__}: {error}"
@@ -335,19 +335,22 @@ def run_parts(parts, settings, folder, workers=2, build_steps=None):
     needed = " ".join(word for job in missing for word in job.flags(settings, worlds))
     unbuilt = [name for name in ("strong", "brittle", "second") if f"{worlds / name}" in needed
                and not (worlds / name).exists()]
-    # A fresh interpreter for each worker: torch's threads don't survive a fork.
-    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
+    # A fresh interpreter for each worker: torch's threads don't survive a fork. A killed one leaves files in scratch.
+    with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(
+            workers, start_worker) as pool:
         try:
             if unbuilt:
                 print(f"building {', '.join(unbuilt)}", flush=True)
                 pool.starmap(build_world, [(name, worlds, build_steps) for name in unbuilt], chunksize=1)
-            one = functools.partial(attempt, settings=settings, worlds=worlds)
+            one = functools.partial(attempt, settings=settings, worlds=worlds, scratch=scratch)
             with tqdm(total=sum(job.work for job in missing), unit="run", smoothing=0, mininterval=10) as progress:
                 for job, rows, error in pool.imap_unordered(one, missing):
                     runs |= {replace(job, configuration=name): rows[name] for name in rows}
                     write_rows(path, runs)
                     errors += [error] if error else []
                     progress.update(job.work)
+            pool.close()
+            pool.join()      # at the end of the block they would be terminated, semaphores in hand
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()      # the pool's own SIGTERM would be taken by rsaft.py, which then stops in good order
@@ -769,7 +772,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="everything in small, in a temporary folder")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: 2)")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))          # else the workers would run on
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C, else the workers would run on
     if given.quick:
         with tempfile.TemporaryDirectory() as folder:
             return quick(Path(folder), given.workers)
@@ -789,4 +792,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("study.py: stopped; the runs that were finished are kept, and the same command goes on")

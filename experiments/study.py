@@ -6,11 +6,11 @@
     python experiments/study.py --report          # no runs: tables and figures from what study.csv has
     python experiments/study.py --quick           # the same in small, in a temporary folder: does it still work?
 
-Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand. A study that was killed goes
-on when its command is repeated: a run whose rows are in study.csv is not run again. What is in the tables below was
-written down before the reported runs: parts, seeds, radii, rates, levels, measures. (The levels of "brittle" while they
-ran, unseen; those of "breadth", which are the primary's, when its pilot and two of its own runs had been seen.) The
-order of importance is theirs.
+Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand, on one machine bit for bit.
+A study that was killed goes on when its command is repeated: a run whose rows are in study.csv is not run again. What
+is in the tables below was written down before the reported runs: parts, seeds, radii, rates, levels, measures. (The
+levels of "brittle" while they ran, unseen; those of "breadth", which are the primary's, when its pilot and two of its
+own runs had been seen. "again" was added when all the rest was there.) The order of importance is theirs.
 
 THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal proxy, at
 its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis, since an earlier
@@ -86,8 +86,8 @@ CONFIGURATIONS = {
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's: their defaults
 PROGRAMS = {"gdro": gdro, "crd": crd}                          # all others are runs of rsaft.py
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}     # gdro's and crd's are their defaults here too
-WORLDS = {"tiny": "", "strong": "--model {worlds}/strong/stable-diffusion", "brittle": "--models {worlds}/brittle",
-          "unguided": "--guidance-scale 1"}
+WORLDS = {"tiny": "", "again": "", "strong": "--model {worlds}/strong/stable-diffusion",
+          "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
 
@@ -115,6 +115,10 @@ PARTS = {  # nothing was chosen on these seeds
     "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
     "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
                  range(206, 222), rate=FAST),
+    # On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on the
+    # same one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums differently.
+    "again": Part("The runs of fast once more, rounded differently: how far does that carry?", 2.0, (1.0, 2.0),
+                  range(206, 222), rate=FAST, world="again"),
     # "twice as long" had a part of its own; to compare it at equal proxy too was decided when its runs were there.
     "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
                    range(206, 214), ("plain", "both", "two proxies", "twice as long")),
@@ -547,6 +551,19 @@ def steadiness(runs, part):
                   "standard deviation, over plain's"], lines)
 
 
+def rounding(runs, part, again):
+    """How far two runs of one seed come apart on two machines, whose processors round sums differently."""
+    lines = []
+    for configuration in part.configurations:
+        here, there = (of_seeds(runs, each, configuration) for each in (part, again))
+        apart = [[abs(a["judge"] - b["judge"]) for a, b in zip(here[seed], there[seed])]
+                 for seed in here if seed in there]
+        lines.append([configuration, len(apart), *(f"{statistics.median(step):.4f}, {max(step):.4f}"
+                                                   for step in zip(*apart))])
+    steps = (f"{step} updates" for step in range(0, UPDATES + 1, EVAL_EVERY))
+    return table(["configuration", "pairs", *steps], lines)
+
+
 def rivals(runs, part):
     """What a user would end with, each minus RSA-FT's last adapter, pair by pair. The oracle is the one to read: the
     judge has chosen some of these itself."""
@@ -633,15 +650,18 @@ def report(runs, parts, pilots):
             text += ["Minus the base model:\n", gained(runs, part), "\nMinus plain, pair by pair:\n",
                      differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
-        if name in ("primary", "fast"):
+        if name == "again":
+            text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
+                     rounding(runs, parts["fast"], part)]
+        if name in ("primary", "fast", "again"):
             text += ["\nFalling back:\n", steadiness(runs, part),
                      f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
                      alarms({name: of_seeds(runs, part, name).values() for name in part.configurations})]
-    jobs = [job for job in jobs_of(parts) if job in runs]
+    jobs = [job for job in jobs_of(parts) if job in runs and job.world != "again"]
     text += ["\n## What would a user end with?\n", rivals(runs, parts["rivals"]),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
              "\n## What does the alarm catch?\n",
-             alarms({"all of the above": [runs[job] for job in jobs],
+             alarms({"all of the above but again": [runs[job] for job in jobs],
                      **{f"those at {rate}": [runs[job] for job in jobs if job.learning_rate == rate]
                         for rate in (SLOW, STABLE, FAST)}}),
              "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots),
@@ -749,6 +769,9 @@ def quick(folder, workers):
         last = round(4 * LONGER.get(job.configuration, 1))
         assert column(runs[job], "step") == sorted({*range(0, last, 2), last}), job
         assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job
+    for job in parts["again"].jobs():
+        once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]] for name in ("tiny", "again"))
+        assert once == again, f"{job}: on one machine it should be the same"
     plain = parts["primary"].jobs()[0]
     base, end, scaled = runs[plain][0], runs[plain][-1], runs[replace(plain, configuration="scaled")]
     assert [scaled[0]["proxy"], scaled[-1]["proxy"]] == [base["proxy"], end["proxy"]] and len(scaled) == 5, scaled
@@ -766,8 +789,9 @@ def quick(folder, workers):
 def main():
     """Run what is asked for and report what there is. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--part", nargs="+", choices=PARTS | PILOTS, default=list(PARTS), metavar="NAME",
-                        help=f"only these of {', '.join(PARTS | PILOTS)} (default: all but the pilots)")
+    parser.add_argument("--part", nargs="+", choices=PARTS | PILOTS, metavar="NAME",
+                        default=[name for name in PARTS if name != "again"],
+                        help=f"only these of {', '.join(PARTS | PILOTS)} (default: all but again and the pilots)")
     parser.add_argument("--report", action="store_true", help="no runs: tables and curves of what is there")
     parser.add_argument("--quick", action="store_true", help="everything in small, in a temporary folder")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: 2)")

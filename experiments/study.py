@@ -115,10 +115,6 @@ PARTS = {  # nothing was chosen on these seeds
     "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
     "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
                  range(206, 222), rate=FAST),
-    # On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on the
-    # same one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums differently.
-    "again": Part("The runs of fast once more, rounded differently: how far does that carry?", 2.0, (1.0, 2.0),
-                  range(206, 222), rate=FAST, world="again"),
     # "twice as long" had a part of its own; to compare it at equal proxy too was decided when its runs were there.
     "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
                    range(206, 214), ("plain", "both", "two proxies", "twice as long")),
@@ -134,6 +130,10 @@ PARTS = {  # nothing was chosen on these seeds
     "crd": Part("Than CRD, in its own way of sampling, without guidance?", 0.8, (3.0, 4.0), range(206, 214),
                 ("plain", "both", "crd"), world="unguided"),
 }
+# On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on the same
+# one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums differently.
+PARTS["again"] = replace(PARTS["fast"], world="again",
+                         question="The runs of fast once more, rounded differently: how far does that carry?")
 PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate, hours=0.2)
        for rate in (STABLE, FAST, SLOW)},
@@ -819,4 +819,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("study.py: stopped; the runs that were finished are kept, and the same command goes on")
+        sys.exit("study.py: stopped; without --quick, finished runs are kept and the same command goes on")

@@ -3,11 +3,13 @@
 The models are the trained ones of tiny/; where a closed form exists, it is the judge. The tests that load an adapter
 into diffusers need peft, which rsaft.py itself does not.
 """
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -1216,18 +1218,24 @@ LONG = ["--tiny", "--noise", "--sam", "--method", "drtune", "--train-steps", "12
         "4", "--eval-images", "4", "--eval-every", "2", "--checkpoint-every", "3", "--rank", "4"]
 
 
+def wait_for_updates(process, out, count):
+    """Wait until the log of a run in another process has so many updates, or the process has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):      # there is none yet, or the run just removed an older one
+            if (Path(out) / "log.jsonl").read_text().count("grad_norm") >= count:
+                return
+        time.sleep(0.01)
+
+
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path):
     import random
-    import time
     whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
     assert run(*LONG, "--out", whole).returncode == 0
     moments = random.Random(0)
     for target in 1, 4, 6, 10:                              # killed a moment after that many updates are in the log
         process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--resume", "--out", str(killed)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log = killed / "log.jsonl"
-        while process.poll() is None and not (log.is_file() and log.read_text().count("grad_norm") >= target):
-            time.sleep(0.01)
+        wait_for_updates(process, killed, target)
         time.sleep(moments.random() * 0.3)
         process.kill()
         kills += process.wait() == -9
@@ -1244,12 +1252,9 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp
 
 def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path):
     import signal
-    import time
     process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--out", str(tmp_path / "run")], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and "grad_norm" in log.read_text()):
-        time.sleep(0.01)
+    wait_for_updates(process, tmp_path / "run", 1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     done = records(tmp_path / "run")[-1]["step"]

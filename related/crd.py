@@ -19,57 +19,22 @@ Three guards keep the model from drifting, each with a flag that turns it off:
 Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it:
 
     python related/crd.py --tiny --reward pickscore
-    python related/crd.py --tiny --reward tiny/world.py:accuracy
+    python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
 """
 import functools
+import os
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py is no package; it lies one folder up
 import rsaft
-from gdro import Settings, forward_process, holding, squared_error, update_average
-from rsaft import UserError, named_generator, option
-
-
-# ---- Settings ------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Config(Settings):
-    """All settings; the command line is made of these fields. README says which defaults are the paper's."""
-    program, title = "related/crd.py", "Centered Reward Distillation of text-to-image diffusion models."
-    may_be_zero = *Settings.may_be_zero, "kl"
-    guidance_scale: float = option(1.0, "of sampling and evaluation; the tuned model needs none, so 1, which is off")
-    group_size: int = option(24, "n, pictures of a prompt")
-    batch_size: int = option(96, "pictures per epoch, in groups; every update takes them all, each time at a new t")
-    epoch_updates: int = option(20, "updates on the pictures of one epoch")
-    learning_rate: float = option(1e-4, "of AdamW")
-    beta: float = option(1.0, "strength of the implicit reward")
-    max_advantage: float = option(5.0, "a_max: advantages are clipped to +- this many standard deviations")
-    error_weight: str = option("adaptive", "w: each picture's mean absolute error, or 1", choices=("adaptive", "one"))
-    loss: str = option("square", "square, or binary cross entropy with sigmoid(centred R)", choices=("square", "bce"))
-    temperature: float = option(None, "centre at means weighted by softmax(+-advantage / T) (default: plain means)")
-    sampler: str = option("own", "guard 1: draw with a copy of the adapter of its own, or with the old one",
-                          choices=("own", "old"))
-    kl: float = option(0.1, "strength of the anchor; 0: none")
-    anchor_scale: float = option(4.5, "guard 2: guidance of the anchor, the frozen model; 1 turns it off")
-    anchor_weight: str = option("reward", "guard 3: the anchor's strength follows the reward, or is constant",
-                                choices=("reward", "constant"))
-
-
-TINY = {**rsaft.TINY, "guidance_scale": 1.0, "group_size": 12, "batch_size": 72, "epoch_updates": 5,
-        "train_steps": 150, "eval_every": 30}  # chosen on seed 1
-
-
-def check(config):
-    """Raise UserError for settings that can't work, as rsaft.check does for the others."""
-    if config.group_size < 2 or config.batch_size % config.group_size:
-        raise UserError(f"--group-size must be at least 2 and divide --batch-size {config.batch_size}, not "
-                        f"{config.group_size}")
+from gdro import forward_process, holding, squared_error, update_average
+from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, named_generator
 
 
 # ---- The method: tensors in, tensors out ---------------------------------------------------------------------------
@@ -136,78 +101,116 @@ def sampling_decay(epoch):
     return min(max(0.0, 0.0075 * (epoch - 75)), 0.999)
 
 
-# ---- Training ------------------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------------
 
-def train(config):
+def check(settings):
+    """rsaft.check, and what is CRD's own; raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun is for rsaft.py; here there is one process only")
+    if settings.group_size < 2 or settings.batch_size % settings.group_size:
+        raise UserError(f"--group-size must be at least 2 and divide --batch-size {settings.batch_size}, not "
+                        f"{settings.group_size}")
+    if not settings.reward:
+        raise UserError("--reward needs a name")
+    return rsaft.check(settings)
+
+
+def train(settings):
     """Epochs of draw, score and regress. Raises UserError, then RunStopped."""
-    check(config)
-    run = rsaft.Run(config, differentiable=False)
-    unet, n, device = run.pipe.unet, config.group_size, run.device
-    alphas = run.pipe.scheduler.alphas_cumprod.sqrt().tolist()
-    prediction_type, embed = run.pipe.scheduler.config.prediction_type, rsaft.make_embed(run.pipe)
-    params = rsaft.add_lora(unet, config.rank, named_generator(config.seed, "lora"))
+    settings, n = check(settings), settings.group_size
+    model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False)
+    alphas, sampling_plan = model.pipe.scheduler.alphas_cumprod.sqrt().tolist(), rsaft.Plan((False,) * len(model.steps))
+    prediction_type, groups = model.pipe.scheduler.config.prediction_type, settings.batch_size // n
+    params = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
+    reference = [p.detach().clone() for p in params]           # B is 0 there, so it is the frozen model
     old, sampling = ([p.detach().clone() for p in params] for _ in range(2))
-    latents = torch.zeros(config.batch_size // n, n, *run.latent_shape, device=device)      # of the epoch's pictures
-    rewards = torch.zeros(config.batch_size // n, n, device=device)
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
+    latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)              # of the epoch's pictures
+    rewards = torch.zeros(groups, n, device=model.device)
+    optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
     def draw_and_score(prompts, epoch):
-        repeated, pictures, scores = [prompt for prompt in prompts for _ in range(n)], [], []
-        with holding(params, old if config.sampler == "old" else sampling):
-            for batch in rsaft.micro_batches(repeated, (config.seed, "epoch", epoch), run.micro_batch_size, device):
-                images, end = run.generate(batch, plan=rsaft.Plan((False,) * config.sampling_steps))
-                pictures.append(end)                         # no step has a gradient: the last latents
-                scores.append(run.reward(images, batch.prompts))
-        latents.copy_(torch.cat(pictures).view_as(latents))
-        rewards.copy_(torch.cat(scores).view_as(rewards))
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        batches = rsaft.micro_batches(repeated, (settings.seed, "epoch", epoch), settings.micro_batch_size)
+        with holding(params, old if settings.sampler == "old" else sampling):
+            ends = rsaft.sample_starts(model, sampling_plan, batches, settings.sampling_batch_size)
+        pictures = [rsaft.sample_images(model, sampling_plan, *pair) for pair in zip(batches, ends)]
+        latents.copy_(torch.cat(ends).view_as(latents))        # no step has a gradient: the last ones
+        rewards.copy_(torch.cat([scores.total(images, prompts) for images, prompts in pictures]).view_as(rewards))
 
-    def move_copies(*_):                                     # with the update itself, so that no crash parts the two
-        epochs, updates = divmod(int(optimizer.state[params[0]]["step"]), config.epoch_updates)
-        if updates == 0:
-            update_average(old, params, old_decay(epochs - 1))
-            update_average(sampling, params, sampling_decay(epochs - 1))
+    free = 1 + (settings.kl > 0) * (1 + (settings.anchor_scale > 1))
+    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {settings.batch_size * free} network "
+          f"evaluations without gradient and {settings.batch_size} with, and every {settings.epoch_updates} updates "
+          f"{settings.batch_size * settings.sampling_steps * model.branches} without go into new pictures")
 
-    optimizer.register_step_post_hook(move_copies)
-
-    def gradient(step):
-        epoch, update = divmod(step, config.epoch_updates)
-        prompts = rsaft.training_prompts(run.prompts, config.seed, epoch, config.batch_size // n)
-        if update == 0:
-            draw_and_score(prompts, epoch)
-        optimizer.zero_grad()
-        log = defaultdict(float, {"epoch": epoch, "reward": rewards.mean().item()})
-        advantages = scaled_advantage(rewards, config.max_advantage)
-        for number, (prompt, x0, R) in enumerate(zip(prompts, latents, advantages)):
-            rng = named_generator(config.seed, step, number, "regression")
-            t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)   # one t for the group, of the noisiest 99 percent
-            noise = torch.randn(x0.shape, generator=rng).to(device)
-            x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
-            embeds, empty = embed([prompt] * n), embed([""] * n)
-            denoise = rsaft.make_denoise(unet, embeds, empty, guidance_scale=1)
-            with torch.no_grad(), holding(params, old):
-                f_old = denoise(x, t)
-            f = denoise(x, t)
-            r = implicit_reward(f, f_old, y, config.error_weight == "adaptive")
-            regression, anchor = crd_loss(r, R, config.beta, config.max_advantage, config.loss, config.temperature), 0
-            if config.kl > 0:
-                with torch.no_grad(), rsaft.lora_scale(unet, 0):
-                    f_ref = rsaft.make_denoise(unet, embeds, empty, config.anchor_scale)(x, t)
-                anchor = anchor_loss(f, f_ref, R, config.kl, config.anchor_weight == "reward")
-                log["anchor"] += anchor.item() / len(prompts)
-            log["regression"] += regression.item() / len(prompts)
-            ((regression + anchor) / len(prompts)).backward()
-        return log
-
-    free = 1 + (config.kl > 0) * (1 + (config.anchor_scale > 1))
-    drawn = config.sampling_steps * (1 + (config.guidance_scale > 1))
-    print(f"{device}, {config.dtype}, {sum(p.numel() for p in params):,} trained parameters; an update takes "
-          f"{config.batch_size * free} network evaluations without gradient and {config.batch_size} with, and every "
-          f"{config.epoch_updates} updates {config.batch_size * drawn} without go into new pictures")
-    run.fit(optimizer, gradient, copies=[*old, *sampling, latents, rewards])
+    state = [*old, *sampling, latents, rewards]
+    with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=state) as run:
+        for step in run.steps():
+            epoch, update = divmod(step, settings.epoch_updates)
+            chosen = rsaft.training_prompts(prompts, settings.seed, epoch, groups)
+            if update == 0:
+                draw_and_score(chosen, epoch)
+            optimizer.zero_grad()
+            log = defaultdict(float, {"epoch": epoch, "reward": rewards.mean().item()})
+            advantages = scaled_advantage(rewards, settings.max_advantage)
+            for number, (prompt, x0, R) in enumerate(zip(chosen, latents, advantages)):
+                rng = named_generator(settings.seed, step, number, "regression")
+                t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)   # one for the group, of the noisiest 99 percent
+                noise = torch.randn(x0.shape, generator=rng).to(model.device)
+                x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
+                denoise = model.denoiser([prompt] * n, guidance_scale=1)
+                with torch.no_grad(), holding(params, old):
+                    f_old = denoise(x, t)
+                if settings.kl > 0:      # before the pass whose graph is kept: it moves the weights for a moment
+                    with torch.no_grad(), holding(params, reference):
+                        f_ref = model.denoiser([prompt] * n, settings.anchor_scale)(x, t)
+                f = denoise(x, t)
+                r = implicit_reward(f, f_old, y, settings.error_weight == "adaptive")
+                loss = crd_loss(r, R, settings.beta, settings.max_advantage, settings.loss, settings.temperature)
+                log["regression"] += loss.item() / len(chosen)
+                if settings.kl > 0:
+                    anchor = anchor_loss(f, f_ref, R, settings.kl, settings.anchor_weight == "reward")
+                    log["anchor"] += anchor.item() / len(chosen)
+                    loss = loss + anchor
+                (loss / len(chosen)).backward()
+            grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
+            optimizer.step()
+            if update == settings.epoch_updates - 1:
+                update_average(old, params, old_decay(epoch))
+                update_average(sampling, params, sampling_decay(epoch))
+            run.record(**log, grad_norm=grad_norm.item())
 
 
-main = functools.partial(rsaft.main, train=train, kind=Config, tiny=TINY)
+# ---- Flags -------------------------------------------------------------------------------------------------
+
+TINY = {**rsaft.TINY, "guidance_scale": 1.0, "group_size": 12, "batch_size": 72, "epoch_updates": 5,
+        "train_steps": 150, "eval_every": 30}  # chosen on seed 1
+
+
+def parse(argv=None):
+    """The settings of the command line, an argparse.Namespace. Raises UserError."""
+    parser = rsaft.Parser("related/crd.py", "Centered Reward Distillation of text-to-image diffusion models.")
+    parser.flags("method", [
+        ("--group-size", 24, "n, pictures of a prompt", COUNT),
+        ("--epoch-updates", 20, "updates on the pictures of one epoch, --batch-size of them, each time all", COUNT),
+        ("--beta", 1.0, "strength of the implicit reward", AMOUNT),
+        ("--max-advantage", 5.0, "a_max: advantages are clipped to +- this many standard deviations", AMOUNT),
+        ("--error-weight", "adaptive", "w: each picture's mean absolute error, or 1", {"choices": ("adaptive", "one")}),
+        ("--loss", "square", "square, or binary cross entropy with sigmoid(centred R)", {"choices": ("square", "bce")}),
+        ("--temperature", None, "centre at means weighted by softmax(+-advantage / T); without the flag plain means",
+         AMOUNT),
+        ("--sampler", "own", "guard 1: draw with a copy of the adapter of its own, or with the old one",
+         {"choices": ("own", "old")}),
+        ("--kl", 0.1, "strength of the anchor; 0: none", AMOUNT_OR_0),
+        ("--anchor-scale", 4.5, "guard 2: guidance of the anchor, the frozen model; 1 turns it off", AMOUNT_OR_0),
+        ("--anchor-weight", "reward", "guard 3: the anchor's strength follows the reward, or is constant",
+         {"choices": ("reward", "constant")})])
+    rsaft.add_common_flags(parser)
+    parser.set_defaults(guidance_scale=1.0, batch_size=96, learning_rate=1e-4, rank=32)
+    return rsaft.parse_with(parser, argv, TINY)
+
+
+main = functools.partial(rsaft.main, parse=parse, train=train, program="related/crd.py")
 
 if __name__ == "__main__":
     sys.exit(main())

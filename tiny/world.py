@@ -115,6 +115,11 @@ def oracle(images, prompts):
             "rmse": error[torch.arange(len(captions)), captions]}
 
 
-def accuracy(images, prompts):
-    """The oracle's accuracy alone, (B,): an example of a reward that no gradient passes through, for related/."""
+def oracle_accuracy(images, prompts):
+    """The oracle's accuracy alone, (B,). As a reward it is a black box: no gradient passes through it."""
     return oracle(images, prompts)["accuracy"]
+
+
+def oracle_rmse(images, prompts):
+    """The oracle's error alone, (B,); lower is better."""
+    return oracle(images, prompts)["rmse"]

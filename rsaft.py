@@ -46,7 +46,6 @@ import traceback
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,9 +97,9 @@ def ddim_steps(scheduler, sampling_steps):
         # which may differ.
         t_next = t - config.num_train_timesteps // sampling_steps
         squared = float(scheduler.alphas_cumprod[t])
-        squared_next = float(scheduler.final_alpha_cumprod if t_next < 0 else scheduler.alphas_cumprod[t_next])
+        after = scheduler.alphas_cumprod[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod
         alpha, sigma = squared ** 0.5, (1 - squared) ** 0.5
-        alpha_next, sigma_next = squared_next ** 0.5, (1 - squared_next) ** 0.5
+        alpha_next, sigma_next = float(after) ** 0.5, (1 - float(after)) ** 0.5
         if config.prediction_type == "v_prediction":
             next_x = alpha_next * alpha + sigma_next * sigma
             next_f = sigma_next * alpha - alpha_next * sigma
@@ -109,7 +108,7 @@ def ddim_steps(scheduler, sampling_steps):
             next_x, next_f = alpha_next / alpha, sigma_next - alpha_next * sigma / alpha
             x0_x, x0_f = 1 / alpha, -sigma / alpha
         else:
-            raise ValueError(f"alpha is 0 at timestep {t}, where epsilon prediction says nothing of the image")
+            raise ValueError(f"alpha is 0 at timestep {t}, where epsilon says nothing of the image")
         steps.append(Step(t, alpha, sigma, next_x, next_f, x0_x, x0_f))
     return steps
 
@@ -207,7 +206,7 @@ def rollout(denoise, x, steps, plan, first=0, stop=None):
 
 
 def renoise(denoise, x0, step, noise):
-    """DRaFT-LV's extra picture: latents x0, as constants, noised to `step` and predicted again in one call."""
+    """DRaFT-LV's extra picture: latents x0, as constants, noised to `step` and predicted again at once."""
     x = step.alpha * x0.detach() + step.sigma * noise
     return step.x0(x, denoise(x, step.t))
 
@@ -440,7 +439,7 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
 
 def means_over_processes(values):
-    """{name: list of tensors of one value per picture} to {name: mean}, over the pictures of all processes."""
+    """{name: list of tensors of one value per picture} to {name: mean}, over all processes' pictures."""
     columns = [torch.cat(parts) for parts in values.values()]
     sums = torch.tensor([[column.sum().item(), len(column)] for column in columns], dtype=torch.float64)
     sum_over_processes([sums])
@@ -448,7 +447,7 @@ def means_over_processes(values):
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes; the one collective here. Alone it changes nothing."""
+    """Replace each tensor by its sum over all processes: the one collective here. One alone changes nothing."""
     if distributed():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
@@ -515,10 +514,10 @@ def lora_parameters(network, prefix="unet"):
             for name, layer in network.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
 
 
-# ---- Training ------------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------------
 
 def train(settings):
-    """Tune a model by RSA-FT, or plain if both radii are 0. settings: from `parse`. Raises UserError, RunStopped."""
+    """Tune a model by RSA-FT, or plain if both radii are 0. settings: from `parse`. UserError, RunStopped."""
     settings = check(settings)
     with explained(f"--grad-steps {settings.grad_steps} and --sampling-steps {settings.sampling_steps}"):
         plan = make_plan(settings, 0)
@@ -528,8 +527,9 @@ def train(settings):
                                   weight_decay=settings.weight_decay, maximize=True)
     window = settings.sam_rollout == "window"
     costs = network_evaluations(plan, model.branches, settings.sam > 0, window)
-    say(f"{sum(p.numel() for p in params):,} trained parameters; update 1 takes {settings.batch_size * costs[0]} "
-        f"network evaluations without gradient, {settings.batch_size * costs[1]} with")
+    without, with_gradient = (settings.batch_size * cost for cost in costs)
+    say(f"{sum(p.numel() for p in params):,} trained parameters; update 1 takes {without} network evaluations "
+        f"without gradient, {with_gradient} with")
 
     with Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
@@ -552,7 +552,7 @@ def make_plan(settings, step):
 
 
 def training_prompts(prompts, seed, step, batch_size):
-    """The prompts of one update, counted from 0; all are used once, in a new random order, before any again."""
+    """The prompts of one update, counted from 0; all are used once, in a random order, before any again."""
     def prompt(position):
         epoch, place = divmod(position, len(prompts))
         return prompts[torch.randperm(len(prompts), generator=named_generator(seed, "prompts", epoch))[place]]
@@ -571,8 +571,11 @@ class RunStopped(Exception):
 
 
 def in_words(error):
-    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
@@ -580,20 +583,16 @@ def explained(problem):
     """Inside the with block any exception becomes a UserError, one line: the problem and its cause."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(f"{problem}: {in_words(error)}") from error
-
-
-def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 # ---- Loading: whole, or refused ----------------------------------------------------------------------------
 
 def quiet_libraries():
-    """Leave the terminal to our own lines: no notes on torchvision, no bars. Returns the libraries' versions."""
+    """Leave the terminal to our own lines: no notes on torchvision, no bars. Returns versions."""
     import transformers
     transformers.logging.set_verbosity_error()
     import diffusers
@@ -611,19 +610,18 @@ def load_complete(kind, source, dtype=torch.float32, **where):
     """
     with explained(f"{source} doesn't load as a {kind.__name__}"):
         model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights of a {kind.__name__}: {', '.join(missing[:3])}")
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(f"{len(missing)} of its weights are missing, {', '.join(missing[:3])}")
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(kind, source, **where):
-    """A tokenizer of transformers. Raises UserError for one without vocabulary, to which all prompts are alike."""
+    """A tokenizer of transformers. Raises UserError for one without vocabulary, to which all are alike."""
     with explained(f"the tokenizer of {source} doesn't load"):
         tokenize = kind.from_pretrained(source, **where)
-        tokens = {tuple(tokenize(text).input_ids) for text in ("red cat", "big dog", "old map")}
-    if len(tokens) == 1:
-        raise UserError(f"the tokenizer of {source} gives different prompts the same tokens; has it a vocabulary?")
+        if len({tuple(tokenize(text).input_ids) for text in ("red cat", "big dog", "old map")}) == 1:
+            raise ValueError("it gives different prompts the same tokens; is its vocabulary there?")
     return tokenize
 
 
@@ -636,7 +634,7 @@ def load_tensors(path):
 
 
 def find_model(model):
-    """A folder or hub id for from_pretrained, after one short probe; without a network the hub's cached copy."""
+    """A folder or hub id for from_pretrained, after one short probe; without a network the cached copy."""
     if Path(model).is_dir():
         return model
     from huggingface_hub import HfApi, snapshot_download
@@ -647,7 +645,7 @@ def find_model(model):
         with contextlib.suppress(Exception):
             return snapshot_download(model, local_files_only=True)
         raise UserError(f"{model} is no folder here, and the hub doesn't have it or can't be reached ("
-                        f"{type(error).__name__}); name local folders (--model DIR, --models DIR), or try --tiny")
+                        f"{type(error).__name__}); name local folders (--model, --models), or try --tiny")
 
 
 def find_file(source, name):
@@ -662,7 +660,7 @@ class Backbone:
     """A text-to-image model as a rollout sees it: steps, latent_shape, device, denoiser(prompts),
     decode(latents).
 
-    A family is a subclass like StableDiffusion below. It names its class in diffusers (`pipeline`) and its
+    A family is a subclass, as StableDiffusion below. It names its class in diffusers (`pipeline`) and its
     parts, and has three methods: step_table(n), a list of Step; encode(prompt), what the network is told of a
     prompt, a list of tensors (1, ...); predict(x, t, *conditions), the network's output f for latents x,
     without guidance.
@@ -677,7 +675,7 @@ class Backbone:
         self.pipe, self.network, self.vae = pipe, getattr(pipe, self.network_name), pipe.vae
         self.guidance_scale, self.latent_shape, self.device = guidance_scale, latent_shape, device
         self.branches = 2 if guidance_scale > 1 else 1      # network evaluations per step
-        self.counts, self.encoded = Counter(), {}
+        self.counts, self.encoded = Counter(), {}      # of network evaluations; what was encoded, by prompt
         with explained("this model can't be sampled"):
             self.steps = self.step_table(sampling_steps)
 
@@ -762,7 +760,7 @@ FAMILIES = {family.pipeline: family for family in (StableDiffusion,)}
 
 
 def inspect_model(model, height=None, width=None):
-    """What a model is, before any weights load: its family, the latents' shape (C, h, w), height, width in
+    """What a model is, before weights load: its family, the latents' shape (C, h, w), height, width in
     pixels.
 
     model: a folder or a hub id; height, width: None is the model's own. Raises UserError for a model of no
@@ -782,8 +780,8 @@ def inspect_model(model, height=None, width=None):
         size, factor = network["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
         rows, columns = size if isinstance(size, list) else (size, size)
         height, width = height or factor * rows, width or factor * columns
-    if height % factor or width % factor:
-        raise UserError(f"--height {height} and --width {width} must be multiples of {factor} for this model")
+        if height % factor or width % factor:
+            raise ValueError(f"--height {height} and --width {width} must be multiples of {factor} for it")
     return family, (network["in_channels"], height // factor, width // factor), height, width
 
 
@@ -814,7 +812,7 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
     return family(pipe, sampling_steps or family.sampling_steps, guidance_scale, latent_shape, device)
 
 
-# ---- Rewards: PickScore as the example; the others are files in rewards/; FILE.py:FUNCTION is your own ------
+# ---- Rewards: PickScore as the example; the others are files in rewards/; FILE.py:FUNCTION is your own -----
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -842,7 +840,7 @@ def clip_pixels(images, size, pad=False):
 
 
 def make_tokenize(source, length, device):
-    """A function of B prompts to input_ids and attention_mask, (B, length): truncated, padded to the maximum."""
+    """A function of B prompts to input_ids and attention_mask, (B, length), truncated or padded."""
     from transformers import AutoTokenizer
     tokenize = load_tokenizer(AutoTokenizer, source)
     return lambda prompts: tokenize(list(prompts), padding="max_length", truncation=True, max_length=length,
@@ -895,7 +893,7 @@ def short_name(name):
 
 @functools.cache
 def import_file(path):
-    """The module of a Python file that may import its neighbours; once, so that its functions share its state."""
+    """The module of a Python file that may import its neighbours; once, so that functions share its state."""
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -906,7 +904,7 @@ def import_file(path):
 
 
 def find_reward(name, models=None):
-    """The loader of a reward that is found by name, and {file: folder or hub id}; no weights. Raises UserError."""
+    """The loader of a reward found by name, and {file: folder or hub id}. Loads no weights. Raises UserError."""
     leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
     if name in leaves:
         leaf = import_file(leaves[name])
@@ -914,8 +912,7 @@ def find_reward(name, models=None):
     elif name == "pickscore":
         load, files = load_pickscore, PICKSCORE_FILES
     else:
-        raise UserError(f"unknown reward {name!r}; there are pickscore, {', '.join(leaves)}, and your own as "
-                        "FILE.py:FUNCTION")
+        raise UserError(f"no reward {name!r}; there are pickscore, {', '.join(leaves)}, and FILE.py:FUNCTION")
     if models:
         missing = [str(Path(models, name, file)) for file in files if not Path(models, name, file).is_file()]
         if missing:
@@ -945,7 +942,7 @@ def guest(name):
 def make_reward(name, models=None, device="cpu"):
     """The reward `name` as a function reward(images, prompts) -> (B,), float32.
 
-    name: of pickscore, of a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1]; prompts: B
+    name: pickscore, a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1]; prompts: B
     strings. models: a folder with a folder per reward; without it the weights come from the hub. A reward is
     a guest: it gets a copy of the images, and what it returns is checked each time. Raises UserError where it
     can't be found or doesn't load; so does the function returned where it fails, or gives no finite number
@@ -963,51 +960,47 @@ def make_reward(name, models=None, device="cpu"):
             scores = score(images.clone(), list(prompts))
         if not isinstance(scores, torch.Tensor):
             raise UserError(f"the reward {name} returned a {type(scores).__name__}, not a tensor")
-        if scores.shape != (len(prompts),) or scores.is_complex() or not scores.isfinite().all():
-            raise UserError(f"the reward {name} returned {scores.dtype} of shape {tuple(scores.shape)} for "
-                            f"{len(prompts)} pictures: {scores.flatten()[:3].tolist()}; it must be a finite real "
-                            "number each")
+        if scores.shape != (len(prompts),) or scores.is_complex():
+            raise UserError(f"the reward {name} returned {scores.dtype} of the shape {tuple(scores.shape)} "
+                            f"for {len(prompts)} pictures; it must be one real number for each")
+        if not scores.isfinite().all():
+            raise UserError(f"the reward {name} returned a score that is not finite")
         return scores.to(images.device, torch.float32)
 
     return reward
 
 
-def try_reward(name, reward, prompts, height, width, device, must_have_gradient):
-    """Score a random picture for each of `prompts`. Returns whether a gradient comes back. Raises UserError."""
+def try_reward(name, reward, prompts, height, width, device):
+    """Score a random picture for each of `prompts`. Returns whether a finite gradient comes back."""
     picture = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
+    gradients = []
     for i in range(0, len(prompts), 32):
         few = prompts[i:i + 32]
-        images, gradient = picture.repeat(len(few), 1, 1, 1).requires_grad_(), None
+        images = picture.repeat(len(few), 1, 1, 1).requires_grad_()
         scores = reward(images, few)
         if scores.requires_grad:
             with guest(name):
-                gradient, = torch.autograd.grad(scores.sum(), images, allow_unused=True)
-        if must_have_gradient and (gradient is None or not gradient.isfinite().all()):
-            raise UserError(f"the reward {name} can't be trained on: it is not differentiable in the images"
-                            if gradient is None else f"the gradient of the reward {name} is not finite")
-    return gradient is not None
+                gradients.append(torch.autograd.grad(scores.sum(), images, allow_unused=True)[0])
+    return bool(gradients) and all(g is not None and g.isfinite().all() for g in gradients)
 
 
 class Scores:
-    """What is maximised and what is held out. rewards: {short name: function}; weights: {of those trained on}."""
+    """What is maximised and what is held out: {name: reward}, and {name: weight} of those trained on."""
 
-    def __init__(self, rewards, weights):
-        self.rewards, self.weights, self.counts = rewards, weights, Counter()
-        self.judge = next((name for name in rewards if name not in weights), None)    # the first held-out score
+    def __init__(self, rewards, weights, counts):
+        self.rewards, self.weights, self.counts = rewards, weights, counts
+        held_out = [name for name in rewards if name not in weights]
+        self.judge = held_out[0] if held_out else None
 
     def total(self, images, prompts):
         """What is maximised: the weighted sum, (B,)."""
         self.counts["reward_evaluations"] += len(images)
         return sum(weight * self.rewards[name](images, prompts) for name, weight in self.weights.items())
 
-    def each(self, images, prompts):
-        """{name: (B,)}."""
-        return {name: reward(images, prompts) for name, reward in self.rewards.items()}
-
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
-S1_RADIUS, S1_RADIUS_TINY = 0.01, 0.1    # one radius for the sharpness of every run: so they can be compared
+S1_RADIUS, S1_RADIUS_TINY = 0.01, 0.1    # one radius for all runs, so that their sharpness can be compared
 GRID = 16                                # pictures in samples/
 
 
@@ -1041,7 +1034,7 @@ class Evaluation:
         for batch, start in zip(batches, starts):
             with torch.no_grad():
                 images, prompts = sample_images(self.model, plan, batch, start)
-                scores = self.scores.each(images, prompts)
+                scores = {name: reward(images, prompts) for name, reward in self.scores.rewards.items()}
             if self.s1_radius:
                 scores["s1"] = reward_sharpness(self.scores.total, images, prompts, self.s1_radius)
             for i, (_, number) in enumerate(batch.names):
@@ -1063,7 +1056,7 @@ def is_hacking(trained, held_out, patience=3):
 
 
 def make_grid(images, columns=4):
-    """Images (n, 3, H, W) in [0, 1] as the bytes of one PNG file; small ones are enlarged by a whole factor."""
+    """Images (n, 3, H, W) in [0, 1] as the bytes of a PNG file; small ones are enlarged by a whole factor."""
     from PIL import Image
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=1.0)
     grid = torch.cat([torch.cat(list(row), dim=-1) for row in images.split(columns)], dim=-2)
@@ -1079,10 +1072,10 @@ def make_grid(images, columns=4):
 # Everything else in the folder is made from it, or, as the pictures are, just before it.
 
 CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors", ".lock"
-MAY_CHANGE_ON_RESUME = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions", "device",
-                        "micro_batch_size", "sampling_batch_size"}    # the last three may cost the same bits
+MAY_CHANGE_ON_RESUME = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions",
+                        "device", "micro_batch_size", "sampling_batch_size"}    # these may cost the bits
 LOG_NAMES = {"step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm", "sam_norm",
-             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # not for rewards
+             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # no rewards
 
 
 def say(text):
@@ -1094,7 +1087,8 @@ def say(text):
 
 
 def write_atomic(path, content):
-    """Write bytes to a file that has at any moment, whatever happens, all of its old content or all of the new."""
+    """Write bytes to a file that has at any moment all of its old content or all of its new, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(f"{path}.new")
     with open(new, "wb") as file:
         file.write(content)
@@ -1103,58 +1097,23 @@ def write_atomic(path, content):
     new.replace(path)
 
 
-def open_folder(settings):
-    """Make the folder of a run, the next runs/NNN if none is named, and lock it against a second run.
-
-    Returns the lock, a file to close; it dies with its process, however that ends. Raises UserError.
-    """
-    with explained("the folder for the results can't be used"):
-        if settings.out:
-            Path(settings.out).mkdir(parents=True, exist_ok=True)
-        number = 0
-        while not settings.out:
-            with contextlib.suppress(FileExistsError):
-                Path(f"runs/{number:03d}").mkdir(parents=True)
-                settings.out = f"runs/{number:03d}"
-            number += 1
-        lock = open(Path(settings.out, LOCK), "w")
-        import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {settings.out}")
-    return lock
-
-
 def read_checkpoint(settings):
-    """The state of the run in `settings.out`; None where one can begin. Raises UserError if neither is possible."""
-    if not settings.out or not Path(settings.out).exists():
-        return None
+    """The run in `settings.out`, as `Run.save` left it; None where one can begin. Else raises UserError."""
     folder = Path(settings.out)
     if not (folder / CHECKPOINT).is_file():
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK, f"{CHECKPOINT}.new"}:
-            raise UserError(f"--out {folder} is not an empty folder, and holds no run; name another")
+        if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, f"{CHECKPOINT}.new"}:
+            raise UserError(f"--out {folder} is not empty, and holds no run; name another folder")
         return None
-    state = load_tensors(folder / CHECKPOINT)
+    state, now = load_tensors(folder / CHECKPOINT), vars(settings)
     with explained(f"{folder / CHECKPOINT} is not the checkpoint of a run"):
-        then, log = json.loads(state["settings"]), [json.loads(line) for line in state["log"]]
-        now, made = json.loads(json.dumps(vars(settings))), updates_made(log)
-        changed = [f"{name} {then.get(name)}, not {now[name]}" for name in now
-                   if name not in MAY_CHANGE_ON_RESUME and now[name] != then.get(name)]
+        made, then = len(state["updates"]), state["settings"]
+        changed = [f"{name} {then.get(name)}, not {value}" for name, value in now.items()
+                   if name not in MAY_CHANGE_ON_RESUME and value != then.get(name)]
     if changed:
-        raise UserError(f"--out {folder} holds a run of other settings, {'; '.join(changed)}; name another folder")
+        raise UserError(f"--out {folder} holds a run with {'; '.join(changed)}; name another folder")
     if made > settings.train_steps:
-        raise UserError(f"--out {folder} holds a run past update {settings.train_steps}: it has made {made}")
+        raise UserError(f"--out {folder} holds a run that is past update {settings.train_steps}, at {made}")
     return state
-
-
-def updates_made(log):
-    return max([line["step"] for line in log], default=0)
-
-
-def evaluations(log):
-    """The lines of a log that are evaluations."""
-    return [line for line in log if "eval" in line]
 
 
 class Run:
@@ -1167,162 +1126,160 @@ class Run:
 
     def __init__(self, settings, adapter, optimizer, evaluation, extra_state=()):
         self.settings, self.adapter, self.optimizer = settings, adapter, optimizer
-        self.evaluation, self.extra_state = evaluation, extra_state
-        self.counts = evaluation.model.counts, evaluation.scores.counts
-        self.log, self.best = [], {}
+        self.evaluation, self.extra_state, self.out = evaluation, extra_state, Path(settings.out)
+        self.updates, self.evaluations, self.best = [], [], {}      # lines of the log, and the best adapter
+        self.counts = evaluation.model.counts
 
     def __enter__(self):
         from tqdm import tqdm
-        self.lock = open_folder(self.settings) if rank() == 0 else None
-        sum_over_processes([torch.zeros(1)])                     # the others wait for the lock
+        if rank() == 0:
+            import fcntl
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / LOCK, "w")      # the lock dies with its process, however that ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing to {self.out}")
+        sum_over_processes([torch.zeros(1)])            # the others wait here
         state = read_checkpoint(self.settings)
         if state:
-            with explained(f"the checkpoint in {self.settings.out} doesn't fit this model"):
+            with explained(f"the checkpoint in {self.out} doesn't fit this model"):
                 self.restore(state)
-        self.step = updates_made(self.log)
-        steps = torch.tensor(self.step)
-        sum_over_processes([steps])
-        if steps != self.step * processes():
-            raise UserError("the processes see different folders at --out; it must be one that all of them share")
-        self.out = Path(self.settings.out or "")
+        made = torch.tensor(len(self.updates))
+        sum_over_processes([made])
+        if made != len(self.updates) * processes():
+            raise UserError(f"the processes don't see the same folder {self.out}; all of them must share it")
         self.save()
-        self.bar = tqdm(total=self.settings.train_steps, initial=self.step, unit="update", disable=rank() > 0)
+        self.bar = tqdm(total=self.settings.train_steps, initial=len(self.updates), unit="update",
+                        disable=rank() > 0)
         return self
 
     def __exit__(self, kind, error, trace):
         self.bar.close()
-        if self.lock:
+        if rank() == 0:
             self.lock.close()
-        by_hand = isinstance(error, KeyboardInterrupt)
-        if by_hand or isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise RunStopped(f"stopped after update {self.step}, {'by hand' if by_hand else in_words(error)}; the "
-                             f"same command with --out {self.out} goes on") from error
+        if isinstance(error, (KeyboardInterrupt, OSError)) and not isinstance(error, BrokenPipeError):
+            why = "by hand" if isinstance(error, KeyboardInterrupt) else in_words(error)
+            raise RunStopped(f"stopped after update {len(self.updates)}, {why}; the same command with "
+                             f"--out {self.out} goes on") from error
 
     def restore(self, state):
-        """Take over a checkpoint. Raises what it will where that doesn't fit."""
-        self.log, self.best = [json.loads(line) for line in state["log"]], state["best"]
+        """Take over what `save` saved. Raises what it will where that doesn't fit."""
         if self.adapter.keys() != state["adapter"].keys():
-            raise ValueError(f"surplus or missing: {sorted(self.adapter.keys() ^ state['adapter'].keys())[:3]}")
-        own = [*self.adapter.values(), *self.extra_state]
-        saved = [*(state["adapter"][name] for name in self.adapter), *state["extra"]]
-        for tensor, value in zip(own, saved, strict=True):
+            raise ValueError(f"surplus or missing: {sorted(self.adapter.keys() ^ state['adapter'])[:3]}")
+        saved = [state["adapter"][name] for name in self.adapter] + state["extra"]
+        for tensor, value in zip([*self.adapter.values(), *self.extra_state], saved, strict=True):
             if tensor.shape != value.shape or not value.isfinite().all():
                 raise ValueError("a tensor has another shape, or values that are not finite")
             tensor.data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.updates, self.evaluations, self.best = state["updates"], state["evaluations"], state["best"]
 
     def save(self):
-        """Write the checkpoint, then from it what a user looks for."""
+        """Write the checkpoint, and from it what a user looks for."""
         from safetensors.torch import save
         if rank() > 0:
             return
-        adapter = {name: p.detach().cpu().clone() for name, p in self.adapter.items()}
-        settings, log = json.dumps(vars(self.settings), indent=1), [json.dumps(line, allow_nan=False)
-                                                                    for line in self.log]
+        state = {"settings": vars(self.settings), "updates": self.updates, "evaluations": self.evaluations,
+                 "best": self.best, "adapter": self.copy_adapter(),
+                 "extra": [tensor.detach() for tensor in self.extra_state],
+                 "optimizer": self.optimizer.state_dict()}
         content = io.BytesIO()
-        torch.save({"settings": settings, "log": log, "best": self.best, "adapter": adapter,
-                    "extra": [tensor.detach() for tensor in self.extra_state],
-                    "optimizer": self.optimizer.state_dict()}, content)
-        write_atomic(self.out / CHECKPOINT, content.getvalue())
-        write_atomic(self.out / "config.json", f"{settings}\n".encode())
-        write_atomic(self.out / "log.jsonl", "".join(f"{line}\n" for line in log).encode())
-        write_atomic(self.out / ADAPTER, save(adapter))
+        torch.save(state, content)
+        log = sorted(self.updates + self.evaluations, key=lambda line: line["step"])
+        files = {CHECKPOINT: content.getvalue(), ADAPTER: save(state["adapter"]),
+                 "config.json": f"{json.dumps(state['settings'], indent=1)}\n".encode(),
+                 "log.jsonl": "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in log).encode()}
         if self.best:
-            (self.out / "best").mkdir(exist_ok=True)
-            write_atomic(self.out / "best" / ADAPTER, save(self.best["adapter"]))
             best = {"step": self.best["step"], self.best["judge"]: self.best["score"]}
-            write_atomic(self.out / "best" / "best.json", f"{json.dumps(best)}\n".encode())
+            files |= {f"best/{ADAPTER}": save(self.best["adapter"]),
+                      "best/best.json": f"{json.dumps(best)}\n".encode()}
+        for name, content in files.items():
+            write_atomic(self.out / name, content)
+
+    def copy_adapter(self):
+        return {name: p.detach().cpu().clone() for name, p in self.adapter.items()}
 
     def steps(self):
-        """The numbers of the updates that are left, counted from 0; between them it evaluates, at the end it reports."""
-        settings, finished_before = self.settings, self.step == self.settings.train_steps
+        """The numbers of the updates that are left, from 0. Evaluates between them, reports at the end."""
+        settings = self.settings
+        if len(self.updates) == settings.train_steps:
+            say("this run has made all its updates before; a larger --train-steps goes further")
         while True:
-            past, done = evaluations(self.log), self.step == settings.train_steps
-            due = settings.eval_every and (done or self.step % settings.eval_every == 0)
-            if due and self.step not in [line["step"] for line in past]:
-                self.evaluate()
-                finished_before = False
-            alarm = settings.stop_on_hacking and any(line["alarm"] for line in evaluations(self.log))
-            if done or alarm:
-                self.bar.close()
-                self.report(finished_before)
-                return
-            for counts in self.counts:
-                counts.clear()
+            step = len(self.updates)
+            done = step == settings.train_steps
+            due = settings.eval_every and (done or step % settings.eval_every == 0)
+            if due and step not in [line["step"] for line in self.evaluations]:
+                self.evaluate(step)
+            if done or settings.stop_on_hacking and any(line["alarm"] for line in self.evaluations):
+                break
+            self.counts.clear()
             self.began = time.perf_counter()
-            yield self.step
+            yield step
+        self.bar.close()
+        self.report()
 
     def record(self, reward, grad_norm, **values):
-        """Log an update that the optimizer has made, and save. Raises UserError if its gradient was no good."""
+        """Log an update that the optimizer has made, and save. Raises UserError if the gradient was no good."""
+        step, judge = len(self.updates) + 1, self.evaluation.scores.judge
         if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
-            raise UserError(f"update {self.step + 1} has no finite gradient (reward {reward:g}, gradient norm "
-                            f"{grad_norm:g}); the last good adapter is in {self.out}")
-        line = {"step": self.step + 1, "reward": reward, **values, "grad_norm": grad_norm}
-        for counts in self.counts:
-            line |= {name: count * processes() for name, count in counts.items()}
-        line["seconds"] = time.perf_counter() - self.began
-        if torch.cuda.is_available():
-            line["peak_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        self.log.append(line)
-        self.step += 1
+            raise UserError(f"update {step} has no finite gradient, but the reward {reward:g} and a gradient "
+                            f"of norm {grad_norm:g}; the last good adapter is in {self.out}")
+        counts = {name: count * processes() for name, count in self.counts.items()}
+        memory = {"peak_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if torch.cuda.is_available() else {}
+        self.updates.append({"step": step, "reward": reward, **values, "grad_norm": grad_norm, **counts,
+                             "seconds": time.perf_counter() - self.began, **memory})
         self.save()
-        shown, past, judge = f"reward={reward:.3f}", evaluations(self.log), self.evaluation.scores.judge
-        if past and judge:
-            shown += f", {judge}={past[-1][judge]:.3f}"
-        self.bar.set_postfix_str(shown, refresh=False)
+        held_out = f", {judge}={self.evaluations[-1][judge]:.3f}" if self.evaluations and judge else ""
+        self.bar.set_postfix_str(f"reward={reward:.3f}{held_out}", refresh=False)
         self.bar.update()
 
-    def evaluate(self):
-        """Score the evaluation's pictures, and keep the adapter if the first held-out score is its best so far."""
+    def evaluate(self, step):
+        """Score the evaluation's pictures; keep the adapter if its held-out score is the best so far."""
+        scores, judge = self.evaluation.scores, self.evaluation.scores.judge
         values, pictures = self.evaluation()
-        scores, judge, past = self.evaluation.scores, self.evaluation.scores.judge, evaluations(self.log)
-        line = {"eval": True, "step": self.step, **{name: value.mean().item() for name, value in values.items()}}
-        if not past:
-            say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in values))
-        say(f"{self.step:6d}" + "".join(f"{line[name]:{max(8, len(name)) + 2}.3f}" for name in values))
-        story = [*past, line]
-        trained = [sum(weight * then[name] for name, weight in scores.weights.items()) for then in story]
-        line["alarm"] = bool(judge) and is_hacking(trained, [then[judge] for then in story])
-        if line["alarm"]:
+        means = {name: value.mean().item() for name, value in values.items()}
+        if not self.evaluations:
+            say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in means))
+        say(f"{step:6d}" + "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items()))
+        past = [*self.evaluations, means]
+        trained = [sum(weight * then[name] for name, weight in scores.weights.items()) for then in past]
+        alarm = judge is not None and is_hacking(trained, [then[judge] for then in past])
+        if alarm:
             self.bar.set_description("ALARM: reward hacking")
-        if judge and (not self.best or line[judge] > self.best["score"]):
-            adapter = {name: p.detach().cpu().clone() for name, p in self.adapter.items()}
-            self.best = {"step": self.step, "judge": judge, "score": line[judge], "adapter": adapter}
-        self.log.append({**line, "pictures": {name: value.tolist() for name, value in values.items()}})
+        if judge and (not self.best or means[judge] > self.best["score"]):
+            self.best = {"step": step, "judge": judge, "score": means[judge], "adapter": self.copy_adapter()}
+        self.evaluations.append({"eval": True, "step": step, **means, "alarm": alarm,
+                                 "pictures": {name: value.tolist() for name, value in values.items()}})
         if rank() == 0:
-            samples, prompts = self.out / "samples", self.evaluation.prompts[:GRID]
-            samples.mkdir(exist_ok=True)
-            write_atomic(samples / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
-            write_atomic(samples / f"step_{self.step:06d}.png", make_grid(pictures))
+            prompts = "".join(f"{prompt}\n" for prompt in self.evaluation.prompts[:GRID])
+            write_atomic(self.out / "samples/prompts.txt", prompts.encode())
+            write_atomic(self.out / f"samples/step_{step:06d}.png", make_grid(pictures))
         self.save()
 
-    def report(self, finished_before):
+    def report(self):
         """What a user reads at the end."""
-        past, weights = evaluations(self.log), self.evaluation.scores.weights
-        say("")
-        if past:
-            first, last = past[0]["pictures"], past[-1]["pictures"]
-            say(f"{'':28}{'before':>10}{'after':>10}{'change':>10}{'+-':>8}  standard error over pictures")
+        best, weights = self.best, self.evaluation.scores.weights
+        if self.evaluations:
+            first, last = self.evaluations[0]["pictures"], self.evaluations[-1]["pictures"]
+            say(f"\n{'':28}{'before':>10}{'after':>10}{'change':>10}{'+-':>8}  standard error over pictures")
             for name in first:
                 role = "trained on" if name in weights else "sharpness" if name == "s1" else "held out"
-                before, after = torch.tensor(first[name]).double(), torch.tensor(last[name]).double()
+                before, after = torch.tensor([first[name], last[name]], dtype=torch.float64)
                 change = after - before
                 error = change.std().item() / len(change) ** 0.5 if len(change) > 1 else math.nan
-                say(f"{f'{name} ({role})':>28}{before.mean():10.3f}{after.mean():10.3f}{change.mean():10.3f}{error:8.3f}")
-        alarms = [str(line["step"]) for line in past if line["alarm"]]
-        if self.best:
-            say(f"the best {self.best['judge']}, {self.best['score']:.3f}, was that after update {self.best['step']}; "
-                f"its adapter is in {self.out / 'best'}")
-            say(f"ALARM: reward hacking at step {', '.join(alarms)}: the training reward rose and the held-out score "
-                "fell" if alarms else "no alarm")
+                say(f"{f'{name} ({role})':>28}{before.mean():10.3f}{after.mean():10.3f}{change.mean():10.3f}"
+                    f"{error:8.3f}")
+        alarms = ", ".join(str(line["step"]) for line in self.evaluations if line["alarm"])
+        if best:
+            say(f"best {best['judge']}: {best['score']:.3f} after update {best['step']}, in {self.out}/best")
+            say(f"ALARM: reward hacking at step {alarms}, the reward rose and {best['judge']} fell" if alarms
+                else "no alarm")
         else:
             say("nothing was held out, so reward hacking could not be seen; see --eval-reward")
-        say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}")
-        if finished_before:
-            say("that run was finished already; a larger --train-steps goes further")
-        elif (HERE / "tools").is_dir():
-            say(f"to judge and to plot:\n    python tools/evaluate.py {self.out} {self.out / 'best'}\n"
-                f"    python tools/plot.py {self.out}")
+        say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:")
+        say(f"    python tools/evaluate.py {self.out}{f' {self.out}/best' if best else ''}")
+        say(f"    python tools/plot.py {self.out}")
 
 
 # ---- Settings and loading, in the order in which what is wrong shows soonest -------------------------------
@@ -1332,8 +1289,8 @@ def read_prompts(path):
     with explained(f"the prompt file {path} can't be read"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} is empty; write one prompt a line")
+        if not prompts:
+            raise ValueError("it is empty; write one prompt a line")
     return prompts
 
 
@@ -1347,14 +1304,17 @@ def split_weight(text):
 
 
 def check(settings):
-    """The settings with all filled in that was left to the model and the machine; loads nothing. Raises UserError."""
+    """The settings with all filled in that was left to the model and the machine; loads nothing.
+
+    Raises UserError for whatever can be known by now, before diffusers is imported.
+    """
     settings = argparse.Namespace(**vars(settings))
     with explained("RANK and WORLD_SIZE in the environment are not torchrun's"):
         together = int(os.environ.get("WORLD_SIZE", 1))
         if not 0 <= int(os.environ.get("RANK", 0)) < together:
             raise ValueError(f"RANK {os.environ.get('RANK')} of {together}")
     settings.micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // together)
-    settings.sampling_batch_size = settings.sampling_batch_size or max(1, settings.batch_size // together)
+    settings.sampling_batch_size = settings.sampling_batch_size or settings.batch_size
     if settings.batch_size % (together * settings.micro_batch_size):
         raise UserError(f"--batch-size {settings.batch_size} can't be divided by --micro-batch-size "
                         f"{settings.micro_batch_size} times {together} processes")
@@ -1365,31 +1325,35 @@ def check(settings):
             raise ValueError(f"here are {', '.join(there)}")
     prompts = read_prompts(settings.prompts), read_prompts(settings.eval_prompts or settings.prompts)
     settings.prompts_sha256 = hashlib.sha256(repr(prompts).encode()).hexdigest()
-    if settings.models and not Path(settings.models).is_dir():
-        raise UserError(f"--models {settings.models} is no folder")
+
     weights = [split_weight(text) for text in settings.reward]
     if weights and not any(weight for _, weight in weights) or not all(math.isfinite(w) for _, w in weights):
         raise UserError(f"--reward {' '.join(settings.reward)}: give finite weights, not all of them 0")
     names = [*(name for name, _ in weights), *settings.eval_reward]
     for name in names:
-        if [short_name(other) for other in names].count(short_name(name)) > 1 or short_name(name) in LOG_NAMES:
-            raise UserError(f"the reward {name} is named twice, or as the log names something else; and what is "
+        if [*map(short_name, names)].count(short_name(name)) > 1 or short_name(name) in LOG_NAMES:
+            raise UserError(f"the reward {name} is named twice, or as the log names something else; what is "
                             "trained on can't be held out")
-        if own_file(name) and not own_file(name).is_file():
-            raise UserError(f"reward {name}: there is no file {own_file(name)}")
-        if not own_file(name):
+        if own_file(name) is None:
             find_reward(name, settings.models)
+        elif not own_file(name).is_file():
+            raise UserError(f"reward {name}: there is no file {own_file(name)}")
     if settings.stop_on_hacking and not (settings.eval_every and settings.eval_reward):
         raise UserError("--stop-on-hacking needs evaluations, --eval-every, and a held-out --eval-reward")
-    family, _, settings.height, settings.width = inspect_model(settings.model, settings.height, settings.width)
+
+    family, _, height, width = inspect_model(settings.model, settings.height, settings.width)
+    settings.height, settings.width = height, width
     settings.sampling_steps = settings.sampling_steps or family.sampling_steps
     if settings.guidance_scale is None:
         settings.guidance_scale = family.guidance_scale
-    read_checkpoint(settings)
-    path = Path(settings.out or "runs").absolute()
-    parent = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {path}: can't write to {parent}")
+    free = (f"runs/{number:03d}" for number in itertools.count() if not Path(f"runs/{number:03d}").exists())
+    settings.out = settings.out or next(free)
+    with explained(f"--out {settings.out} can't be used"):
+        path = Path(settings.out).absolute()
+        parent = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f"{parent} can't be written to")
+        read_checkpoint(settings)
     return settings
 
 
@@ -1406,50 +1370,46 @@ def load(settings, must_have_gradient=True, more_prompts=()):
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
-    say(f"{settings.device} x {processes()}, {settings.dtype}; loading {', '.join(names)} and {settings.model}".replace(
-        f"{HERE}{os.sep}", ""))
+    what = f"loading {', '.join(names)} and {settings.model}"
+    say(f"{settings.device} x {processes()}, {settings.dtype}; {what}".replace(f"{HERE}{os.sep}", ""))
     settings.versions = quiet_libraries()
-    rewards, differentiable = dict.fromkeys(map(short_name, names)), True
-    for name in sorted(names, key=lambda name: own_file(name) is None):    # the reader's own first: they fail soonest
+
+    rewards, differentiable = dict.fromkeys(map(short_name, names)), bool(weights)
+    for name in sorted(names, key=lambda name: own_file(name) is None):    # the reader's own fail soonest
         rewards[short_name(name)] = make_reward(name, settings.models, settings.device)
         # A model takes any prompt; a function of your own may not, so it is shown all of them.
         shown = list(dict.fromkeys(prompts + eval_prompts)) if own_file(name) else prompts[:1]
         has_gradient = try_reward(name, rewards[short_name(name)], shown, settings.height, settings.width,
-                                  settings.device, must_have_gradient and name in weights)
+                                  settings.device)
         differentiable = differentiable and (has_gradient or name not in weights)
-    scores = Scores(rewards, {short_name(name): weight for name, weight in weights.items()})
-    if scores.judge is None:
-        say("nothing is held out, so reward hacking can't be seen; give --eval-reward")
+        if must_have_gradient and not differentiable:
+            raise UserError(f"the reward {name} can't be trained on: it is not differentiable in the images, "
+                            "or its gradient is not finite")
     model = load_model(settings.model, settings.sampling_steps, settings.guidance_scale, settings.height,
                        settings.width, getattr(torch, settings.dtype), settings.device)
     if settings.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
         model.vae.enable_gradient_checkpointing()
+    scores = Scores(rewards, {short_name(name): weight for name, weight in weights.items()}, model.counts)
+    if scores.judge is None:
+        say("nothing is held out, so reward hacking can't be seen; give --eval-reward")
     model.encode_prompts(["", *prompts, *eval_prompts, *more_prompts])
     model.drop_encoders()
     radius = S1_RADIUS_TINY if settings.tiny else S1_RADIUS
     evaluation = Evaluation(model, scores, eval_prompts, (3, settings.height, settings.width),
                             settings.sampling_batch_size, settings.micro_batch_size,
-                            s1_radius=radius if weights and differentiable else None)
+                            s1_radius=radius if differentiable else None)
     return Loaded(model, scores, prompts, evaluation)
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
 
-# What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
-TINY = dict(model=str(HERE / "tiny" / "stable-diffusion"), models=str(HERE / "tiny"), rank=8, learning_rate=2e-3,
-            prompts=str(HERE / "tiny" / "prompts.txt"), sampling_steps=10, guidance_scale=3.0, train_steps=60,
-            micro_batch_size=None, sampling_batch_size=None, eval_images=144,
-            eval_reward=["judge", f"{HERE / 'tiny' / 'world.py'}:oracle_accuracy",
-                         f"{HERE / 'tiny' / 'world.py'}:oracle_rmse"])
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is one line, as everywhere here, and flags name their default and the paper's."""
+    """argparse, but what is wrong is one line, as everywhere here."""
 
     def __init__(self, program, description):
         super().__init__(usage=f"python {program} [FLAGS]", description=description, allow_abbrev=False,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 99, 28, 110))
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -1463,63 +1423,67 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(name, default=default, help=help, **options)
 
 
-def number(kind, low, high, above=False):
+def number(kind, low, high, above=False, **options):
     """What argparse wants to know of a number from low, or just above it, to high."""
     def parse_number(text):
         value = kind(text)
         if not low <= value <= high or above and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low}{' (excluded)' if above else ''} to {high:g}")
+            least = f"above {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {least} and at most {high:g}")
         return value
 
     parse_number.__name__ = "whole number" if kind is int else "number"
-    return {"type": parse_number, "metavar": "N" if kind is int else "X"}
+    return {"type": parse_number, "metavar": "N" if kind is int else "X", **options}
 
 
 COUNT, AMOUNT, SWITCH = number(int, 1, 10 ** 6), number(float, 0, 1e6, above=True), {"action": "store_true"}
-COUNT_OR_0, AMOUNT_OR_0, PIXELS = number(int, 0, 10 ** 9), number(float, 0, 1e6), number(int, 1, 8192)
-RADIUS = {**AMOUNT_OR_0, "nargs": "?", "const": 1e-2, "metavar": "RHO"}
+COUNT_OR_0, AMOUNT_OR_0, PIXELS = number(int, 0, 10 ** 6), number(float, 0, 1e6), number(int, 1, 8192)
+RADIUS = number(float, 0, 1e6, nargs="?", const=1e-2, metavar="RHO")
+NAMES, FILE, FOLDER = {"nargs": "*", "metavar": "NAME"}, {"metavar": "FILE"}, {"metavar": "DIR"}
+
+# What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
+TINY = dict(model=str(HERE / "tiny/stable-diffusion"), models=str(HERE / "tiny"), rank=8, learning_rate=2e-3,
+            prompts=str(HERE / "tiny/prompts.txt"), sampling_steps=10, guidance_scale=3.0, train_steps=60,
+            micro_batch_size=None, sampling_batch_size=None, eval_images=144,
+            eval_reward=["judge", f"{HERE / 'tiny/world.py'}:oracle_accuracy",
+                         f"{HERE / 'tiny/world.py'}:oracle_rmse"])
 
 
 def add_common_flags(parser):
-    """The flags of all methods, also of related/. "Paper" is RSA-FT's, as far as its public summaries tell."""
-    text = {"metavar": "NAME"}
+    """The flags of all methods, also of related/. The paper is RSA-FT's, as far as public summaries tell."""
     parser.flags("model, reward, prompts", [
-        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or an id on the hub", text),
-        ("--models", None, "a folder with a folder per reward, to take their weights from, not from the hub",
-         {"metavar": "DIR"}),
+        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id", FOLDER),
+        ("--models", None, "a folder with a folder per reward, to load them from instead of the hub", FOLDER),
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
-        ("--reward", ["pickscore"], "what is maximised: of pickscore, rewards/, FILE.py:FUNCTION; a weighted sum of "
-         "several; the paper: hpsv2", {"nargs": "*", "metavar": "NAME[=WEIGHT]"}),
-        ("--eval-reward", [], "scores held out, never trained on; the paper: hpsv2.1 pickscore imagereward",
-         {"nargs": "*", "metavar": "NAME"}),
-        ("--prompts", str(HERE / "prompts.txt"), "a text file, one prompt a line", {"metavar": "FILE"}),
-        ("--eval-prompts", None, "another one for the evaluations", {"metavar": "FILE"})])
+        ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "
+         "paper: hpsv2", NAMES),
+        ("--eval-reward", [], "held out, never trained on; paper: hpsv2.1 pickscore imagereward", NAMES),
+        ("--prompts", str(HERE / "prompts.txt"), "a text file, one prompt a line", FILE),
+        ("--eval-prompts", None, "another one for the evaluations", FILE)])
     parser.flags("sampling (without a default: the model's own)", [
-        ("--sampling-steps", None, "steps of a rollout, T; the paper: 50, SD3 28", number(int, 1, 10 ** 4)),
+        ("--sampling-steps", None, "steps of a rollout, T; paper: 50, SD3 28", number(int, 1, 10 ** 4)),
         ("--guidance-scale", None, "classifier-free guidance; 1 turns it off", AMOUNT_OR_0),
-        ("--height", None, "of the pictures, in pixels", PIXELS),
+        ("--height", None, "of the pictures, in pixels; paper: 512, SDXL and SD3 1024", PIXELS),
         ("--width", None, "of the pictures, in pixels", PIXELS)])
     parser.flags("training", [
         ("--train-steps", 200, "number of updates; ours", number(int, 1, 10 ** 9)),
-        ("--batch-size", 32, "pictures per update; the paper: 32", COUNT),
-        ("--learning-rate", 2e-5, "of AdamW; the paper: 2e-05, of all weights", AMOUNT),
-        ("--weight-decay", 1e-4, "of AdamW; the paper: 0.0001", AMOUNT_OR_0),
+        ("--batch-size", 32, "pictures per update; paper: 32", COUNT),
+        ("--learning-rate", 2e-5, "of AdamW; paper: 2e-05", AMOUNT),
+        ("--weight-decay", 1e-4, "of AdamW; paper: 0.0001", AMOUNT_OR_0),
         ("--max-grad-norm", 1.0, "clip the gradient to this norm; ours", AMOUNT),
         ("--rank", 16, "of the LoRA adapter; ours", COUNT),
         ("--seed", 0, "of everything random", number(int, 0, 2 ** 63))])
     parser.flags("memory and speed (ours)", [
-        ("--micro-batch-size", 1, "pictures at a time where a gradient is kept; must divide the batch", COUNT),
-        ("--sampling-batch-size", 8, "pictures at a time where none is", COUNT),
-        ("--gradient-checkpointing", False, "recompute activations instead of keeping them: less memory, slower",
-         SWITCH),
-        ("--dtype", "float32", "of the frozen weights; the adapter is float32", {"choices": ("float32", "bfloat16")}),
-        ("--device", None, "cuda, mps or cpu; without the flag the first of them that is there", text)])
+        ("--micro-batch-size", 1, "pictures at a time with a gradient; must divide the batch", COUNT),
+        ("--sampling-batch-size", 8, "pictures at a time without", COUNT),
+        ("--gradient-checkpointing", False, "recompute activations: less memory, slower", SWITCH),
+        ("--dtype", "float32", "of the frozen weights", {"choices": ("float32", "bfloat16")}),
+        ("--device", None, "cuda, mps or cpu; without the flag the first of them that is there", {})])
     parser.flags("evaluation and results (ours)", [
         ("--eval-every", 20, "updates between evaluations; 0: no evaluation at all", COUNT_OR_0),
         ("--eval-images", 32, "pictures per evaluation", COUNT),
         ("--stop-on-hacking", False, "end the run when the alarm is raised", SWITCH),
-        ("--out", None, "the folder of the run, where one that was stopped goes on; without the flag a new runs/NNN",
-         {"metavar": "DIR"})])
+        ("--out", None, "the run's folder, where a stopped one goes on (without: a new runs/NNN)", FOLDER)])
 
 
 def parse_with(parser, argv, tiny):
@@ -1535,9 +1499,9 @@ def parse(argv=None):
     parser.flags("method", [
         ("--noise", 0.0, "perturb the pictures within a radius; without a number the paper's, 0.01", RADIUS),
         ("--sam", 0.0, "perturb the weights within a radius; without a number the paper's, 0.01", RADIUS),
-        ("--sam-rollout", "full", "the second rollout of --sam: all of it, the paper's, or the steps with gradient",
-         {"choices": ("full", "window")}),
-        ("--method", "draft", "which part of the rollout is differentiated; the paper: all but draft-lv",
+        ("--sam-rollout", "full", "the second rollout of --sam: all of it, the paper's, or the steps with "
+         "gradient", {"choices": ("full", "window")}),
+        ("--method", "draft", "which part of the rollout is differentiated; paper: all but draft-lv",
          {"choices": METHODS}),
         ("--grad-steps", None, "K, how many steps carry the gradient; without the flag the method's", COUNT)])
     add_common_flags(parser)
@@ -1547,28 +1511,24 @@ def parse(argv=None):
 # ---- The program -------------------------------------------------------------------------------------------
 
 def main(argv=None, parse=parse, train=train, program="rsaft.py"):
-    """Run a command line. Returns the exit code: 0; 2 for something to put right; 1 if the same may work again."""
+    """Run a command line. Returns the exit code: 0; 2: something to put right; 1: the same may work again."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")    # a path may hold what the terminal can't show
     try:
         train(parse(argv))
-        sys.stdout.flush()
         return 0
-    except SystemExit:          # argparse, after --help
-        return 0
-    except BrokenPipeError:     # nobody reads any more, as after `| head`; at the end Python would flush once more
+    except BrokenPipeError:    # nobody reads any more, as after `| head`; Python would write once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        code = 2 if isinstance(error, (UserError, OSError)) else 1
-        message = in_words(error) + ("" if code == 2 else "; RSAFT_TRACEBACK=1 in the environment shows where")
+        message, code = f"{in_words(error)}; RSAFT_TRACEBACK=1 in the environment shows where", 1
         if isinstance(error, (UserError, RunStopped)):
-            message = str(error)
+            message, code = str(error), 2 if isinstance(error, UserError) else 1
         elif isinstance(error, KeyboardInterrupt):
             message = "stopped by hand, before anything was written"
         elif is_out_of_memory(error):
-            message = "out of memory; try --gradient-checkpointing, a smaller --micro-batch-size, --dtype bfloat16"
+            message = "out of memory; try --gradient-checkpointing, --micro-batch-size 1, --dtype bfloat16"
         if os.environ.get("RSAFT_TRACEBACK"):
             traceback.print_exc()
         if distributed() or os.environ.get("RANK", "0") == "0":    # before they meet, processes fail alike

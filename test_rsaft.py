@@ -1,15 +1,18 @@
 """What rsaft.py claims, claim by claim, in its own order: `pytest`.
 
-The models are the trained ones of tiny/; where a closed form exists, it is the judge. The tests that load an adapter
-into diffusers need peft, which rsaft.py itself does not.
+The models are the trained ones of tiny/; where a closed form exists, it is the judge. The tests that load an
+adapter into diffusers need peft, which rsaft.py itself does not.
 """
+import argparse
 import contextlib
+import copy
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
-import time
+import types
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +26,26 @@ import rsaft
 HERE = Path(__file__).resolve().parent
 TINY, MODEL = HERE / "tiny", HERE / "tiny" / "stable-diffusion"
 LATENT, PROMPTS = (4, 8, 8), (TINY / "prompts.txt").read_text().splitlines()
+PERTURBATIONS = [(0.0, 0.0), (0.01, 0.0), (0.0, 0.01), (0.01, 0.01)]        # the two radii, rho and rho_w
 
 rsaft.quiet_libraries()
 
 
+@pytest.fixture(scope="session")
+def loaded():
+    return rsaft.load_model(str(MODEL))
+
+
 @pytest.fixture
-def pipe():
-    return rsaft.load_pipeline(str(MODEL))
+def model(loaded):
+    """The small model, a copy of its own for each test: 4 sampling steps under guidance."""
+    return rsaft.StableDiffusion(copy.deepcopy(loaded.pipe), 4, 3.0, LATENT, "cpu")
+
+
+@pytest.fixture
+def params(model):
+    """A new adapter in `model`."""
+    return model.add_adapter(4, rsaft.named_generator("adapter"))
 
 
 @pytest.fixture(scope="session")
@@ -38,25 +54,58 @@ def pickscore():
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def world():
+    """tiny/world.py."""
+    return rsaft.import_file(TINY / "world.py")
+
+
+@pytest.fixture(scope="session")
+def pictures(world):
     """Eight pictures of the small world and their captions."""
-    sys.path.insert(0, str(TINY))
-    import world
     generator = torch.Generator().manual_seed(0)
     captions = torch.randint(len(world.CAPTIONS), (8,), generator=generator)
     return world.sample(captions, generator), [world.CAPTIONS[i] for i in captions]
-
-
-def sampling(T):
-    """The plan of plain sampling, without gradient."""
-    return rsaft.Plan((False,) * T)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ---- One sampling step ---------------------------------------------------------------------------------------------
+def small(out, *arguments):
+    """A run of a few updates on small batches, in this process. Returns its exit code."""
+    return rsaft.main(["--tiny", "--train-steps", "3", "--sampling-steps", "4", "--batch-size", "4",
+                       "--eval-images", "4", "--micro-batch-size", "4", "--eval-every", "2", "--rank", "4",
+                       "--out", str(out), *map(str, arguments)])
+
+
+def records(out, evaluations=False):
+    """The lines of a run's log that are updates, or those that are evaluations."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("eval", False) == evaluations]
+
+
+def plain(T):
+    """The plan of plain sampling: no step carries a gradient."""
+    return rsaft.Plan((False,) * T)
+
+
+def step_of_algorithm_1(model, params, plan, reward, prompts=PROMPTS[:4], size=4, **how):
+    """`rsaft_gradient` on the small model, `size` pictures at a time. Returns its log and the gradients."""
+    make_starts = partial(rsaft.sample_starts, model, plan, size=size)
+    make_images = partial(rsaft.sample_images, model, plan)
+    log = rsaft.rsaft_gradient(rsaft.micro_batches(prompts, (0, 0), size), make_starts, make_images, reward,
+                               params, **how)
+    return log, [p.grad for p in params]
+
+
+def total_norm(tensors):
+    return torch.nn.utils.get_total_norm(list(tensors)).item()
+
+
+# ---- One sampling step -------------------------------------------------------------------------------------
+
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -70,37 +119,74 @@ def test_a_step_is_the_step_of_diffusers(T, spacing, prediction_type):
     x, f = normal(2, *LATENT), normal(2, *LATENT, seed=1)
     for step in steps:
         expected = scheduler.step(f, step.t, x)
-        assert_close(step.a * x + step.b * f, expected.prev_sample, rtol=1e-5, atol=1e-5)
-        assert_close(step.c * x + step.d * f, expected.pred_original_sample, rtol=1e-5, atol=2e-5)
+        assert_close(step.next(x, f), expected.prev_sample, rtol=1e-5, atol=1e-5)
+        assert_close(step.x0(x, f), expected.pred_original_sample, rtol=1e-5, atol=2e-5)
+        noised = scheduler.add_noise(x, f, torch.tensor([step.t]))
+        assert_close(step.alpha * x + step.sigma * f, noised, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(clip_sample=True), "clip"), (dict(thresholding=True), "clip"),
-    (dict(prediction_type="sample"), "prediction_type"),
-    (dict(rescale_betas_zero_snr=True), "alpha is 0"),
+@pytest.mark.parametrize("change, T, message", [
+    (dict(clip_sample=True), 10, "clip"), (dict(thresholding=True), 10, "clip"),
+    (dict(prediction_type="sample"), 10, "prediction_type"),
+    (dict(rescale_betas_zero_snr=True), 10, "alpha is 0"),
+    (dict(timestep_spacing="trailing"), 61, "61 steps"),        # its rounding makes 62
+    (dict(timestep_spacing="leading"), 1000, "1000 steps"),     # the first would be at timestep 1000
 ])
-def test_a_scheduler_whose_step_is_not_linear_is_refused(change, message):
+def test_a_scheduler_whose_step_is_not_linear_or_not_defined_is_refused(change, T, message):
     from diffusers import DDIMScheduler
     with pytest.raises(ValueError, match=message):
-        rsaft.ddim_steps(DDIMScheduler.from_pretrained(MODEL / "scheduler", **change), 10)
+        rsaft.ddim_steps(DDIMScheduler.from_pretrained(MODEL / "scheduler", **change), T)
 
 
-# ---- The rollout ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_a_scheduler_that_is_silent_on_clip_sample_does_not_clip(model, kind):
+    """DDIM's own default would be to clip."""
+    import diffusers
+    model.pipe.scheduler = getattr(diffusers, kind)(**SCHEDULE, timestep_spacing="trailing")
+    assert "clip_sample" not in model.pipe.scheduler.config and diffusers.DDIMScheduler().config.clip_sample
+    expected = diffusers.DDIMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=False)
+    assert model.step_table(10) == rsaft.ddim_steps(expected, 10)
+
+
+def test_a_model_whose_scheduler_clips_is_refused(model):
+    from diffusers import DDIMScheduler
+    model.pipe.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=True)
+    with pytest.raises(ValueError, match="clip_sample"):
+        model.step_table(10)
+    with pytest.raises(rsaft.UserError, match="can't be sampled.*clip_sample"):
+        rsaft.StableDiffusion(model.pipe, 10, 3.0, LATENT, "cpu")
+
+
+# ---- The rollout -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("guidance_scale, height, width", [(3.0, 32, 32), (1.0, 32, 32), (7.5, 48, 32)])
-def test_the_rollout_makes_the_pictures_of_the_diffusers_pipeline(pipe, guidance_scale, height, width):
+def test_the_rollout_makes_the_pictures_of_the_diffusers_pipeline(guidance_scale, height, width):
     from diffusers import DDIMScheduler
+    model = rsaft.load_model(str(MODEL), 10, guidance_scale, height, width)
+    batch, = rsaft.micro_batches(PROMPTS[:4], ("evaluation",), 4)
+    start, = rsaft.sample_starts(model, plain(10), [batch], 4)
+    images, prompts = rsaft.sample_images(model, plain(10), batch, start)
+    assert images.dtype == torch.float32 and images.shape == (4, 3, height, width) and prompts == PROMPTS[:4]
+    pipe = model.pipe
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    shape = rsaft.model_size(str(MODEL), height, width)[0]
-    latents = rsaft.evaluation_latents(4, shape)
-    expected = pipe(PROMPTS[:4], latents=latents, num_inference_steps=10, guidance_scale=guidance_scale,
-                    height=height, width=width, output_type="pt").images
-    generate = rsaft.make_generate(pipe, 10, guidance_scale, shape)
-    with torch.no_grad():
-        images = generate(rsaft.evaluation_batches(PROMPTS, 4, 4)[0], plan=sampling(10))[0]
-    assert images.dtype == torch.float32 and images.shape == (4, 3, height, width)
+    expected = pipe(PROMPTS[:4], latents=rsaft.evaluation_latents(4, model.latent_shape),
+                    num_inference_steps=10, guidance_scale=guidance_scale, height=height, width=width,
+                    output_type="pt").images
     assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def toy_steps(T):
+    from diffusers import DDIMScheduler
+    return rsaft.ddim_steps(DDIMScheduler.from_pretrained(MODEL / "scheduler"), T)
+
+
+def toy_denoise(theta, frozen=None):
+    """A nonlinear network of two parameters; `frozen` takes their place where no gradient is wanted."""
+    def denoise(x, t):
+        a, b = theta if torch.is_grad_enabled() or frozen is None else frozen
+        return torch.tanh(a * x + b * t / 1000)
+    return denoise
 
 
 @pytest.mark.parametrize("K", [1, 3, 6])
@@ -115,19 +201,6 @@ def test_draft_k_differentiates_the_last_k_network_calls(K):
     assert carried == [False] * (6 - K) + [True] * K
 
 
-def toy_steps(T):
-    from diffusers import DDIMScheduler
-    return rsaft.ddim_steps(DDIMScheduler.from_pretrained(MODEL / "scheduler"), T)
-
-
-def toy_denoise(theta, frozen=None):
-    """A nonlinear network of two parameters, in float64; `frozen` takes their place where no gradient is wanted."""
-    def denoise(x, t):
-        a, b = theta if torch.is_grad_enabled() or frozen is None else frozen
-        return torch.tanh(a * x + b * t / 1000)
-    return denoise
-
-
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_the_gradient_of_the_rollout_agrees_with_finite_differences(K):
     """For K < T: the derivative with the parameters of the first T - K steps held fixed."""
@@ -135,7 +208,8 @@ def test_the_gradient_of_the_rollout_agrees_with_finite_differences(K):
     start = torch.tensor([0.7, 0.3], dtype=torch.float64)
 
     def score(theta):
-        return rsaft.rollout(toy_denoise(theta, frozen=start), xT, steps, rsaft.draft(5, None, K)).sin().sum()
+        x0 = rsaft.rollout(toy_denoise(theta, frozen=start), xT, steps, rsaft.draft(5, None, K))
+        return x0.sin().sum()
 
     theta = start.clone().requires_grad_()
     gradient, = torch.autograd.grad(score(theta), theta)
@@ -161,9 +235,11 @@ def test_the_plans_are_those_of_the_publications():
     for plan in plans("drtune", 50):
         steps = [i for i, carries in enumerate(plan.grad) if carries]
         assert plan.predict_x0 and plan.detach_input and len(steps) == 5
-        assert len({b - a for a, b in zip(steps, steps[1:])}) == 1 and steps[1] - steps[0] == len(plan.grad) // 5
+        gaps = {b - a for a, b in zip(steps, steps[1:])}
+        assert gaps == {len(plan.grad) // 5}
         chosen.add((len(plan.grad) - 1, steps[0]))
-    assert {stop for stop, _ in chosen} == set(range(30, 50)) and {offset for _, offset in chosen} == set(range(10))
+    assert {stop for stop, _ in chosen} == set(range(30, 50))
+    assert {offset for _, offset in chosen} == set(range(10))
 
     lv, = {*plans("draft-lv", 20)}
     assert lv == rsaft.Plan((False,) * 19 + (True,), renoised=2)
@@ -178,12 +254,16 @@ def test_the_plans_are_those_of_the_publications():
 @pytest.mark.parametrize("method", ["alignprop", "refl", "drtune"])
 @pytest.mark.parametrize("draw", range(3))
 def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression(method, draw):
-    """By finite differences in float64 of an expression written out by hand: where the plan wants no gradient the
-    parameters are held fixed, and with detach_input the network's inputs are the constants of the first rollout."""
+    """By finite differences in float64 of an expression written out by hand.
+
+    Where the plan wants no gradient the parameters are held fixed, and with detach_input the network's inputs
+    are the constants of the first rollout. In two halves, as an update takes it, the rollout is the same.
+    """
     T = 10
     K = 3 if method == "drtune" else None              # with its own K = 1 there would be no chain to detach
     steps, plan = toy_steps(T), rsaft.METHODS[method](T, rsaft.named_generator(method, draw), K)
-    xT, start = normal(1, *LATENT, dtype=torch.float64), torch.tensor([0.7, 0.3], dtype=torch.float64)
+    xT = normal(1, *LATENT, dtype=torch.float64)
+    start = torch.tensor([0.7, 0.3], dtype=torch.float64)
 
     def by_hand(theta, inputs=None):
         x, seen = xT, []
@@ -192,7 +272,7 @@ def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression
             seen.append(x)
             f = torch.tanh(a * (inputs[i] if inputs else x) + b * step.t / 1000)
             last = plan.predict_x0 and i == len(plan.grad) - 1
-            x = step.c * x + step.d * f if last else step.a * x + step.b * f
+            x = step.x0(x, f) if last else step.next(x, f)
         return x.sin().sum(), seen
 
     constants = by_hand(start)[1] if plan.detach_input else None
@@ -203,6 +283,11 @@ def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression
     differences = [(by_hand(start + h, constants)[0] - by_hand(start - h, constants)[0]) / 2e-6 for h in shifts]
     assert_close(x0.sin().sum(), by_hand(start)[0])
     assert_close(gradient, torch.stack(differences), rtol=1e-5, atol=1e-6)
+    half = rsaft.rollout(toy_denoise(theta), xT, steps, plan, stop=plan.first_grad_step)
+    assert not half.requires_grad
+    rest = rsaft.rollout(toy_denoise(theta), half, steps, plan, first=plan.first_grad_step)
+    assert torch.equal(rest, x0)
+    assert torch.equal(torch.autograd.grad(rest.sin().sum(), theta)[0], gradient)
 
 
 def test_renoising_undoes_itself_when_the_noise_is_known_and_gives_x0_no_gradient():
@@ -215,75 +300,141 @@ def test_renoising_undoes_itself_when_the_noise_is_known_and_gives_x0_no_gradien
     assert x0.grad is None and theta.grad != 0
 
 
+def test_pictures_are_made_by_anything_with_the_five_members_and_the_batchs_own_come_first():
+    """DRaFT-LV's: each picture of the rollout, then two more of the same prompts, noised and predicted again."""
+    denoise, steps = toy_denoise(torch.tensor([0.7, 0.3], requires_grad=True)), toy_steps(5)
+    model = types.SimpleNamespace(steps=steps, latent_shape=LATENT, device="cpu",
+                                  denoiser=lambda prompts: denoise, decode=torch.sigmoid)
+    batches, plan = rsaft.micro_batches(["a", "b", "c"], ("toy",), 2), rsaft.draft_lv(5, None)
+    for batch, start in zip(batches, rsaft.sample_starts(model, plan, batches, 3), strict=True):
+        images, prompts = rsaft.sample_images(model, plan, batch, start)
+        x0 = rsaft.rollout(denoise, batch.noise("xT", LATENT), steps, plan)
+        again = [rsaft.renoise(denoise, x0, steps[-1], batch.noise(f"renoise {k}", LATENT)) for k in range(2)]
+        assert prompts == batch.prompts * 3 and images.requires_grad and not start.requires_grad
+        assert_close(images, torch.cat([x0, *again]).sigmoid())
+
+
+def test_starts_are_drawn_in_pieces_of_any_size(model):
+    """Nothing changes but rounding; in pieces as large as the micro-batches no bit does."""
+    batches, plan = rsaft.micro_batches(PROMPTS[:5], (0, 0), 2), rsaft.draft(4, None, K=2)
+    alone = [rsaft.sample_starts(model, plan, [batch], 2)[0] for batch in batches]
+    assert [len(start) for start in alone] == [2, 2, 1]
+    images = [rsaft.sample_images(model, plan, *pair)[0] for pair in zip(batches, alone)]
+    for size in 1, 2, 3, 5, 8:
+        starts = rsaft.sample_starts(model, plan, batches, size)
+        assert_close(list(starts), alone, rtol=0, atol=1e-4)
+        others = [rsaft.sample_images(model, plan, *pair)[0] for pair in zip(batches, starts, strict=True)]
+        assert_close(others, images, rtol=0, atol=1e-4)
+        assert size != 2 or all(map(torch.equal, starts, alone))
+    by_hand = rsaft.rollout(model.denoiser(PROMPTS[:2]), batches[0].noise("xT", LATENT), model.steps, plain(4),
+                            stop=2)
+    assert torch.equal(alone[0], by_hand)
+
+
+def test_where_no_step_carries_a_gradient_the_starts_are_the_final_latents(model):
+    batch, = rsaft.micro_batches(PROMPTS[:2], (0, 0), 2)
+    start, = rsaft.sample_starts(model, plain(4), [batch], 2)
+    x0 = rsaft.rollout(model.denoiser(PROMPTS[:2]), batch.noise("xT", LATENT), model.steps, plain(4))
+    assert torch.equal(start, x0)
+    images, _ = rsaft.sample_images(model, plain(4), batch, start)
+    assert torch.equal(images, model.decode(x0)) and not images.requires_grad
+
+
+@pytest.mark.parametrize("method", rsaft.METHODS)
+def test_the_formula_counts_the_network_evaluations_of_every_plan(method):
+    """Against a look at each step."""
+    for plan in plans(method, 12, count=20):
+        free = [i for i, carries_grad in enumerate(plan.grad) if not carries_grad]
+        held = sum(plan.grad) + plan.renoised
+        assert rsaft.network_evaluations(plan, branches=1) == (len(free), held)
+        assert rsaft.network_evaluations(plan) == (2 * len(free), 2 * held)
+        assert rsaft.network_evaluations(plan, second_rollout=True) == (4 * len(free), 4 * held)
+        again = [i for i in free if any(plan.grad[:i])]
+        expected = 2 * (len(free) + len(again)), 4 * held
+        assert rsaft.network_evaluations(plan, second_rollout=True, reuse_starts=True) == expected
+
+
+@pytest.mark.parametrize("method", rsaft.METHODS)
+def test_every_method_runs_with_every_perturbation_and_takes_the_evaluations_of_the_formula(
+        model, params, pickscore, method):
+    """T = 8, without and with guidance, counted by the model and by the scores."""
+    model.steps, scores = model.step_table(8), rsaft.Scores({"pickscore": pickscore}, {"pickscore": 1.0})
+    plan, B = rsaft.METHODS[method](8, rsaft.named_generator(method)), 2
+    variants = [(rho, rho_w, False) for rho, rho_w in PERTURBATIONS]
+    for rho, rho_w, reuse_starts in [*variants, (0.01, 0.01, True)]:
+        model.counts.clear(), scores.counts.clear()
+        log, gradients = step_of_algorithm_1(model, params, plan, scores.total, PROMPTS[:B], 1, rho=rho,
+                                             rho_w=rho_w, reuse_starts=reuse_starts)
+        assert total_norm(gradients) > 0
+        assert ("noise_norm" in log, "sam_norm" in log) == (rho > 0, rho_w > 0)
+        assert ("worst_reward" in log) == (rho + rho_w > 0)
+        if rho > 0 and rho_w == 0:
+            assert log["fall_measured"] == pytest.approx(log["fall_predicted"], rel=0.2)
+        elif rho_w > 0:      # where K < T the weights also move steps that the prediction knows nothing of
+            assert log["fall_measured"] > 0 < log["fall_predicted"]
+        counted = tuple(model.counts[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
+        assert counted == tuple(B * n for n in rsaft.network_evaluations(plan, 2, rho_w > 0, reuse_starts))
+        # Of the reward: r and its gradient at theta, and where there is a perturbation at the worst place.
+        assert scores.counts["reward_evaluations"] == B * (1 + plan.renoised) * (2 if rho + rho_w > 0 else 1)
+
+
 @pytest.mark.parametrize("method", ["draft-lv", "alignprop", "refl", "drtune"])
 def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tmp_path, monkeypatch, method):
     taken, rollout = [], rsaft.rollout
 
     def watched(denoise, x, steps, plan, first=0, stop=None):
-        if first == 0 and stop is not None:                                       # from xT to the first gradient step
+        if first == 0 and stop is not None:                        # from xT to the first step with gradient
             taken.append((plan, x))
         return rollout(denoise, x, steps, plan, first, stop)
 
     monkeypatch.setattr(rsaft, "rollout", watched)
-    assert small(tmp_path / "out", "--method", method, "--sam", "--eval-every", "0", "--sampling-steps", "12",
-                 "--train-steps", "6") == 0
-    assert len(taken) == 12
-    for (first, x), (second, y) in zip(taken[::2], taken[1::2]):
-        assert first == second and torch.equal(x, y)
-    if method != "draft-lv":
-        assert len({plan for plan, _ in taken}) > 1
+    assert small(tmp_path / "out", "--method", method, "--sam", "--noise", "--eval-every", "0",
+                 "--sampling-steps", "12", "--batch-size", "2", "--micro-batch-size", "1") == 0
+    settings = argparse.Namespace(seed=0, method=method, sampling_steps=12, grad_steps=None)
+    drawn = [rsaft.make_plan(settings, step) for step in range(20)]
+    assert drawn == [rsaft.make_plan(settings, step) for step in range(20)]
+    assert len({*drawn}) > (1 if method != "draft-lv" else 0)
+    assert [plan for plan, _ in taken] == [plan for plan in drawn[:3] for _ in range(2)]
+    for (_, x), (_, again), plan, line in zip(taken[::2], taken[1::2], drawn, records(tmp_path / "out")):
+        assert torch.equal(x, again)
+        counted = tuple(line[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
+        assert counted == tuple(2 * n for n in rsaft.network_evaluations(plan, 2, True))
+        assert line["reward_evaluations"] == 2 * (1 + plan.renoised) * 2
 
 
-@pytest.mark.parametrize("method", ["draft", "draft-lv", "alignprop", "refl", "drtune"])
-def test_an_update_takes_the_network_evaluations_that_the_formula_gives(tmp_path, method):
-    T, B = 12, 4
-    for update in range(3):                               # the formula, against a look at each step of the plan
-        plan = rsaft.METHODS[method](T, rsaft.named_generator(0, update, "plan"))
-        free = [i for i, carries_grad in enumerate(plan.grad) if not carries_grad]
-        held = sum(plan.grad) + plan.renoised
-        assert rsaft.network_evaluations(plan, guided=False) == (len(free), held)
-        assert rsaft.network_evaluations(plan) == (2 * len(free), 2 * held)
-        assert rsaft.network_evaluations(plan, second_rollout=True) == (4 * len(free), 4 * held)
-        again = [i for i in free if any(plan.grad[:i])]
-        expected = 2 * (len(free) + len(again)), 4 * held
-        assert rsaft.network_evaluations(plan, second_rollout=True, window=True) == expected
-    common = ["--method", method, "--eval-every", "0", "--sampling-steps", T, "--micro-batch-size", 2]
-    for name, flags, second, window in ("plain", [], False, False), ("full", ["--sam", "--noise"], True, False), (
-            "window", ["--sam", "--noise", "--sam-rollout", "window"], True, True):
-        assert small(tmp_path / name, *common, *flags) == 0
-        for update, record in enumerate(records(tmp_path / name)):
-            plan = rsaft.METHODS[method](T, rsaft.named_generator(0, update, "plan"))
-            counted = [record[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with")]
-            assert counted == [B * n for n in rsaft.network_evaluations(plan, True, second, window)]
-            # Of the reward: r and g; the noise's fall and the sam's; r and g at the worst place.
-            assert record["reward_evaluations"] == B * (1 + plan.renoised) * (4 if second else 1)
+def test_the_gradient_goes_through_both_branches_of_the_guidance(model):
+    params = model.add_adapter(2, torch.Generator().manual_seed(0))
+    x = normal(1, *LATENT)
 
-
-@pytest.mark.parametrize("flags", [[], ["--noise"], ["--sam"], ["--noise", "--sam"]])
-@pytest.mark.parametrize("method", ["draft", "draft-lv", "alignprop", "refl", "drtune"])
-def test_every_method_runs_with_every_perturbation(tmp_path, method, flags):
-    assert small(tmp_path / "out", "--method", method, "--eval-every", "0", "--train-steps", "2", *flags) == 0
-    for record in records(tmp_path / "out"):
-        assert record["grad_norm"] > 0
-        assert ("noise_norm" in record, "sam_norm" in record) == ("--noise" in flags, "--sam" in flags)
-        if "--noise" in flags:
-            assert record["noise_fall_measured"] == pytest.approx(record["noise_fall_predicted"], rel=0.2)
-
-
-def test_the_gradient_goes_through_both_branches_of_the_guidance(pipe):
-    params = rsaft.add_lora(pipe.unet, 2, torch.Generator().manual_seed(0))
-    x, embeds = normal(1, *LATENT), normal(2, 1, 16, 64)
-
-    def gradient(prompt_embeds, negative_embeds, scale):
-        f = rsaft.make_denoise(pipe.unet, prompt_embeds, negative_embeds, scale)(x, 500)
+    def gradient(prompt, scale):
+        f = model.denoiser([prompt], scale)(x, 500)
         return torch.cat([g.flatten() for g in torch.autograd.grad(f.sum(), params)])
 
-    conditional, unconditional = gradient(embeds[0], embeds[1], 1.0), gradient(embeds[1], embeds[0], 1.0)
+    conditional, unconditional = gradient(PROMPTS[0], 1.0), gradient("", 1.0)
     assert unconditional.norm() > 0
-    assert_close(gradient(embeds[0], embeds[1], 3.0), 3 * conditional - 2 * unconditional, rtol=1e-3, atol=1e-4)
+    assert_close(gradient(PROMPTS[0], 3.0), 3 * conditional - 2 * unconditional, rtol=1e-3, atol=1e-4)
 
 
-# ---- The perturbations ---------------------------------------------------------------------------------------------
+def test_a_prompt_goes_through_the_text_encoder_once_and_comes_out_as_the_pipeline_embeds_it(model):
+    calls = []
+    model.pipe.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    model.encode_prompts(["", *PROMPTS[:2]])
+    model.denoiser([PROMPTS[1], PROMPTS[0]]), model.encode_prompts(PROMPTS[:2])
+    assert len(calls) == 3
+    encoded = torch.cat([model.encoded[prompt][0] for prompt in (PROMPTS[1], "", PROMPTS[0])])
+    assert not encoded.requires_grad
+    assert_close(encoded, model.pipe.encode_prompt([PROMPTS[1], "", PROMPTS[0]], "cpu", 1, False)[0])
+
+
+def test_the_text_encoder_can_be_dropped_once_the_prompts_are_encoded():
+    model, x = rsaft.load_model(str(MODEL), 4, 3.0), normal(2, *LATENT)
+    before, encoder = model.denoiser(PROMPTS[:2])(x, 500), weakref.ref(model.pipe.text_encoder)
+    model.drop_encoders()
+    assert model.pipe.text_encoder is None and encoder() is None                   # its memory is free again
+    assert torch.equal(model.denoiser(PROMPTS[:2])(x, 500), before)
+
+
+# ---- The perturbations -------------------------------------------------------------------------------------
 
 def test_the_sample_perturbation_has_norm_rho_for_every_picture_and_points_downhill():
     g = normal(5, 3, 8, 8) * torch.tensor([1e-9, 1e-3, 1.0, 1e3, 1e9]).view(5, 1, 1, 1)
@@ -293,9 +444,9 @@ def test_the_sample_perturbation_has_norm_rho_for_every_picture_and_points_downh
 
 
 def test_the_parameter_perturbation_has_norm_rho_over_all_weights_and_points_downhill():
-    grads = [normal(4, 7), 100 * normal(3, seed=1), normal(2, 2, 2, seed=2)]
-    e = rsaft.parameter_perturbation(grads, 0.5)
-    flat_e, flat_g = (torch.cat([t.flatten() for t in tensors]) for tensors in (e, grads))
+    gradients = [normal(4, 7), 100 * normal(3, seed=1), normal(2, 2, 2, seed=2)]
+    e = rsaft.parameter_perturbation(gradients, 0.5)
+    flat_e, flat_g = (torch.cat([t.flatten() for t in tensors]) for tensors in (e, gradients))
     assert_close(flat_e.norm(), torch.tensor(0.5))
     assert_close(torch.cosine_similarity(flat_e, flat_g, dim=0), torch.tensor(-1.0))
 
@@ -308,6 +459,30 @@ def test_a_zero_gradient_gives_a_zero_perturbation():
     assert all((e == 0).all() for e in rsaft.parameter_perturbation([torch.zeros(3), torch.zeros(2, 2)], 0.01))
 
 
+def test_a_parameter_without_gradient_is_named():
+    with pytest.raises(ValueError, match=r"\[1, 3\] of 4"):
+        rsaft.parameter_perturbation([normal(2), None, normal(3), None], 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_perturbed_in_float32(pickscore, pictures, dtype):
+    """The norm is rho within a thousandth, also over the 786,432 values of a picture of 512x512."""
+    images, prompts = pictures
+    seen = []
+
+    def reward(images, prompts):
+        seen.append(images.dtype)
+        return pickscore(images, prompts)
+
+    _, gradient = rsaft.reward_gradient(reward, images.to(dtype), prompts)
+    _, expected = rsaft.reward_gradient(pickscore, images.to(dtype).float(), prompts)
+    assert seen == [torch.float32] and torch.equal(gradient, expected) and gradient.dtype == torch.float32
+    d = rsaft.sample_perturbation(1e-3 * normal(2, 3, 512, 512).to(dtype), 0.01)
+    assert d.dtype == torch.float32
+    assert_close(d.flatten(1).norm(dim=1), torch.full((2,), 0.01), rtol=1e-3, atol=0)
+    assert rsaft.sample_perturbation(normal(2, 3, dtype=torch.float64), 1.0).dtype == torch.float64
+
+
 def test_the_weights_are_the_same_bits_after_the_perturbation_also_after_an_exception():
     params = [torch.nn.Parameter(normal(50, 50)), torch.nn.Parameter(1e-6 * normal(10, seed=1))]
     epsilons = [normal(50, 50, seed=2), normal(10, seed=3)]
@@ -316,11 +491,21 @@ def test_the_weights_are_the_same_bits_after_the_perturbation_also_after_an_exce
         with rsaft.perturbed(params, epsilons) as reached:
             for p, old, epsilon, displacement in zip(params, before, epsilons, reached):
                 assert torch.equal(p, old + epsilon) and torch.equal(displacement, p - old)
-            (params[0].sum() * params[1].sum()).backward()           # the weights can be differentiated in here
             raise KeyError
     assert all(torch.equal(p, old) for p, old in zip(params, before))
-    assert any(not torch.equal(old + e - e, old) for old, e in zip(before, epsilons))    # why a copy is needed
-    assert all(p.requires_grad and p.grad is not None for p in params)
+    assert any(not torch.equal(old + e - e, old) for old, e in zip(before, epsilons))   # why a copy is needed
+    assert all(p.requires_grad for p in params)
+
+
+def test_backward_inside_gives_the_gradient_at_the_perturbed_weights_and_a_step_inside_is_undone():
+    params = [torch.nn.Parameter(normal(5)), torch.nn.Parameter(normal(5, seed=1))]
+    epsilons, before = [normal(5, seed=2), normal(5, seed=3)], [p.detach().clone() for p in params]
+    with rsaft.perturbed(params, epsilons):
+        (params[0] * params[1]).sum().backward()              # the gradient of each is the other
+        torch.optim.SGD(params, lr=1.0).step()
+    assert torch.equal(params[0].grad, before[1] + epsilons[1])
+    assert torch.equal(params[1].grad, before[0] + epsilons[0])
+    assert all(map(torch.equal, params, before))
 
 
 def test_the_reward_of_every_picture_falls_and_for_a_small_radius_as_the_first_order_predicts(pickscore, pictures):
@@ -335,226 +520,221 @@ def test_the_reward_of_every_picture_falls_and_for_a_small_radius_as_the_first_o
 def test_the_sharpness_of_a_quadratic_reward_has_its_closed_form():
     """r(x) = -|x|^2 / 2 falls by rho |x| + rho^2 / 2."""
     x = normal(3, 3, 4, 4)
-    sharpness = rsaft.reward_sharpness(lambda images, _: -images.flatten(1).square().sum(1) / 2, x, [""] * 3, 0.3)
+
+    def reward(images, prompts):
+        return -images.flatten(1).square().sum(1) / 2
+
+    sharpness = rsaft.reward_sharpness(reward, x, [""] * 3, 0.3)
     assert_close(sharpness, 0.3 * x.flatten(1).norm(dim=1) + 0.3 ** 2 / 2, rtol=1e-4, atol=1e-4)
 
 
-# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 class Toy:
-    """Pictures x0 = theta * xT with a reward -|x0 - target|^2 / 2, in float64: all of Algorithm 1 by hand."""
+    """Pictures x0 = factor * theta * xT with a reward -|x0 - target|^2 / 2, in float64: all of Algorithm 1 by hand.
 
-    def __init__(self, micro_batch_size=4):
+    factors: a picture of each prompt for each; code: where rsaft_gradient comes from.
+    """
+
+    def __init__(self, micro_batch_size=4, factors=(1.0,), code=rsaft):
         self.theta = torch.nn.Parameter(normal(3, 4, 4, seed=1, dtype=torch.float64))
         self.target = normal(3, 4, 4, seed=2, dtype=torch.float64)
-        self.batches = rsaft.micro_batches(["a", "b", "c", "d"], ("toy",), micro_batch_size)
-        self.xT = rsaft.micro_batches(["a", "b", "c", "d"], ("toy",), 4)[0].noise("xT", (3, 4, 4)).double()
+        self.batches = code.micro_batches(["a", "b", "c", "d"], ("toy",), micro_batch_size)
+        self.xT = code.micro_batches(["a", "b", "c", "d"], ("toy",), 4)[0].noise("xT", (3, 4, 4)).double()
+        self.factors, self.code = factors, code
 
-    def generate(self, batch, start=None):
-        return self.theta * batch.noise("xT", (3, 4, 4)).double(), None
+    def make_starts(self, batches):
+        return [None] * len(batches)              # a loop of one's own may have nothing to give here
+
+    def make_images(self, batch, start):
+        x0 = self.theta * batch.noise("xT", (3, 4, 4)).double()
+        return torch.cat([factor * x0 for factor in self.factors]), batch.prompts * len(self.factors)
 
     def reward(self, images, prompts):
+        assert len(images) == len(prompts)
         return -(images - self.target).flatten(1).square().sum(1) / 2
 
-    def by_hand(self, rho, rho_w):
-        theta = self.theta.detach()
-        g = self.target - theta * self.xT                                         # grad_x0 r
-        d = -rho * g / g.flatten(1).norm(dim=1).view(4, 1, 1, 1)
-        gradient = (g * self.xT).mean(0)                                          # grad_theta of the mean reward
-        e = -rho_w * gradient / gradient.norm()
-        return ((self.target - (theta + e) * self.xT - d) * self.xT).mean(0)
-
     def __call__(self, **settings):
-        log = rsaft.rsaft_gradient(self.batches, self.generate, self.reward, [self.theta], **settings)
-        return log, self.theta.grad.clone()
+        log = self.code.rsaft_gradient(self.batches, self.make_starts, self.make_images, self.reward, [self.theta],
+                                       **settings)
+        return log, self.theta.grad
+
+    def by_hand(self, rho, rho_w):
+        """The log and the gradient."""
+        theta, by_theta = self.theta.detach(), torch.stack([factor * self.xT for factor in self.factors])
+
+        def reward(x):
+            return -(x - self.target).flatten(2).square().sum(2) / 2
+
+        x0 = theta * by_theta                                         # (pictures of a prompt, prompts, 3, 4, 4)
+        g = self.target - x0                                          # grad_x0 r
+        norms = g.flatten(2).norm(dim=2)
+        d = -rho * g / norms[..., None, None, None]
+        gradient = (g * by_theta).mean((0, 1))                        # grad_theta of the mean reward
+        e = -rho_w * gradient / gradient.norm()
+        worst = (theta + e) * by_theta + d
+        log = {"reward": reward(x0)[0].mean()}
+        if rho > 0 or rho_w > 0:
+            log |= {"worst_reward": reward(worst)[0].mean(),
+                    "fall_measured": (reward(x0) - reward(worst)).mean(),
+                    "fall_predicted": rho * norms.mean() + rho_w * gradient.norm()}
+        log |= {"noise_norm": rho} if rho > 0 else {}
+        log |= {"sam_norm": rho_w} if rho_w > 0 else {}
+        return log, ((self.target - worst) * by_theta).mean((0, 1))
 
 
+@pytest.mark.parametrize("factors", [(1.0,), (1.0, 0.5, 2.0)])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
-def test_the_update_is_the_gradient_of_the_joint_objective(rho, rho_w, micro_batch_size):
-    toy = Toy(micro_batch_size)
-    before = toy.theta.detach().clone()
+def test_the_update_is_the_gradient_of_the_joint_objective_and_its_log_has_closed_forms(
+        rho, rho_w, micro_batch_size, factors):
+    """With several pictures of a prompt, as in DRaFT-LV, each has its own d, and the gradient and the falls are means
+    over all; `reward` and `worst_reward` are of the first pictures."""
+    toy = Toy(micro_batch_size, factors)
+    before, (expected, by_hand) = toy.theta.detach().clone(), toy.by_hand(rho, rho_w)
     log, gradient = toy(rho=rho, rho_w=rho_w)
-    assert_close(gradient, toy.by_hand(rho, rho_w), rtol=1e-9, atol=1e-9)
+    assert_close(gradient, by_hand, rtol=1e-9, atol=1e-9)
     assert torch.equal(toy.theta, before)
-    assert ("noise_norm" in log) == (rho > 0) and ("sam_norm" in log) == (rho_w > 0)
-
-
-def test_the_logged_figures_have_their_closed_forms():
-    toy = Toy(micro_batch_size=2)
-    r = toy.reward(toy.theta * toy.xT, None).mean().item()
-    g = (toy.target - toy.theta * toy.xT).detach()
-    norms, gradient = g.flatten(1).norm(dim=1), (g * toy.xT).mean(0)
-    log, _ = toy(rho=0.1, rho_w=0.2)
-    e = -0.2 * gradient / gradient.norm()
-    fall = r - toy.reward((toy.theta + e) * toy.xT, None).mean().item()
-    expected = {"reward": r, "noise_norm": 0.1, "noise_fall_predicted": 0.1 * norms.mean().item(),
-                "noise_fall_measured": 0.1 * norms.mean().item() + 0.1 ** 2 / 2, "sam_norm": 0.2,
-                "sam_fall_predicted": 0.2 * gradient.norm().item(), "sam_fall_measured": fall}
     assert log.keys() == expected.keys()
     for name, value in expected.items():
-        assert log[name] == pytest.approx(value, rel=1e-9), name
+        assert log[name] == pytest.approx(float(value), rel=1e-9), name
 
 
-def test_gaussian_draws_take_the_mean_gradient_over_random_directions_of_norm_rho():
-    """The reward is quadratic, so its gradient at x0 + d is g - d, and that of the mean needs only the mean of d."""
-    toy = Toy(micro_batch_size=2)
-    log, gradient = toy(rho=0.5, gaussian_draws=3)
-    full = rsaft.micro_batches(["a", "b", "c", "d"], ("toy",), 4)[0]
-    draws = torch.stack([full.noise(f"gaussian {i}", (3, 4, 4)) for i in range(3)]).double()
-    d = 0.5 * draws / draws.flatten(2).norm(dim=2).view(3, 4, 1, 1, 1)
-    assert log["noise_norm"] == pytest.approx(0.5, rel=1e-6)
-    assert_close(gradient, toy.by_hand(0, 0) + (d.mean(0) * toy.xT).mean(0), rtol=1e-6, atol=1e-6)
+def test_the_code_before_lora_runs_without_the_rest_of_the_file():
+    code = types.ModuleType("lifted")
+    code.__file__ = "lifted.py"
+    exec((HERE / "rsaft.py").read_text().split("\nclass LoRALinear")[0], code.__dict__)
+    assert not hasattr(code, "train")
+    log, gradient = Toy(2, code=code)(rho=0.1, rho_w=0.2)
+    expected, by_hand = Toy(2).by_hand(0.1, 0.2)
+    assert_close(gradient, by_hand, rtol=1e-9, atol=1e-9)
+    assert log.keys() == expected.keys()
 
 
-def test_with_several_pictures_of_a_prompt_each_has_its_own_d_and_the_gradient_is_the_mean_over_all():
-    """As in DRaFT-LV. The logged reward is that of the first picture of each prompt."""
-    toy, factors = Toy(micro_batch_size=2), (1.0, 0.5, 2.0)
+def test_the_pictures_of_a_loop_of_ones_own_may_be_halves():
+    toy = Toy()
+    toy.theta = torch.nn.Parameter(toy.theta.detach().float())
 
-    def three(batch, start):
-        return torch.cat([factor * toy.generate(batch)[0] for factor in factors]), None
+    def make_images(batch, start):
+        return (toy.theta * batch.noise("xT", (3, 4, 4))).bfloat16(), batch.prompts
 
-    log = rsaft.rsaft_gradient(toy.batches, three, toy.reward, [toy.theta], rho=0.1)
-    theta, expected, fall = toy.theta.detach(), 0, 0
-    for factor in factors:
-        g = toy.target - factor * theta * toy.xT
-        d = -0.1 * g / g.flatten(1).norm(dim=1).view(4, 1, 1, 1)
-        expected = expected + ((g - d) * factor * toy.xT).mean(0) / 3
-        fall += 0.1 * g.flatten(1).norm(dim=1).mean().item() / 3
-    assert_close(toy.theta.grad, expected, rtol=1e-9, atol=1e-9)
-    assert log["noise_fall_predicted"] == pytest.approx(fall) and log["noise_norm"] == pytest.approx(0.1)
-    assert log["reward"] == pytest.approx(toy.reward(theta * toy.xT, None).mean().item())
+    log = rsaft.rsaft_gradient(toy.batches, toy.make_starts, make_images, toy.reward, [toy.theta], rho=0.1)
+    assert log["noise_norm"] == pytest.approx(0.1, rel=1e-3)
+    assert_close(toy.theta.grad.double(), toy.by_hand(0.1, 0.0)[1], rtol=0.03, atol=0.03)
 
 
-def test_both_passes_see_the_same_noise_prompts_and_plan(pipe, pickscore):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate, seen = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
+def test_both_passes_see_the_same_batches_and_the_second_its_own_starts_unless_they_are_reused():
+    for reuse_starts in False, True:
+        toy, seen, starts = Toy(micro_batch_size=2), [], iter("abcd")
 
-    def watched(batch, start):
-        with torch.no_grad():
-            seen.append((batch.prompts, batch.noise("xT", LATENT)))
-        return generate(batch, start, plan=rsaft.draft(4, None))
+        def make_starts(batches):
+            assert batches == toy.batches
+            return [next(starts) for _ in batches]
 
-    rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:4], (0, 0), 2), watched, pickscore, params, 0.01, 0.01)
-    assert len(seen) == 4                                                         # two micro-batches, two passes
-    for first, second in zip(seen[:2], seen[2:]):
-        assert first[0] == second[0] and torch.equal(first[1], second[1])
+        def make_images(batch, start):
+            seen.append((batch, start))
+            return toy.make_images(batch, start)
+
+        rsaft.rsaft_gradient(toy.batches, make_starts, make_images, toy.reward, [toy.theta], 0.1, 0.1, reuse_starts)
+        first, second = toy.batches
+        assert seen == [*zip([first, second, first, second], "abab" if reuse_starts else "abcd")]
 
 
-def test_radius_0_is_the_plain_gradient_bit_for_bit(pipe, pickscore):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
+def test_radius_0_is_the_plain_gradient_bit_for_bit(model, params, pickscore):
+    plan = rsaft.draft(4, None)
+    _, gradients = step_of_algorithm_1(model, params, plan, pickscore, rho=0.0, rho_w=0.0)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
-    rsaft.rsaft_gradient([batch], partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho=0.0, rho_w=0.0)
-    mean_reward = pickscore(generate(batch, plan=rsaft.draft(4, None))[0], batch.prompts).mean()
-    for p, plain in zip(params, torch.autograd.grad(mean_reward, params)):
-        assert torch.equal(p.grad, plain)
-
-
-def test_a_prompt_goes_through_the_text_encoder_once_and_comes_out_as_the_pipeline_embeds_it(pipe):
-    calls = []
-    pipe.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
-    embed = rsaft.make_embed(pipe)
-    first, second = embed(PROMPTS[:2]), embed([PROMPTS[1], "", PROMPTS[0]])
-    assert len(calls) == 3 and not second.requires_grad
-    assert torch.equal(second[[2, 0]], first)
-    assert_close(second, pipe.encode_prompt([PROMPTS[1], "", PROMPTS[0]], "cpu", 1, False)[0])
+    x0 = model.decode(rsaft.rollout(model.denoiser(batch.prompts), batch.noise("xT", LATENT), model.steps, plan))
+    expected = torch.autograd.grad(pickscore(x0, batch.prompts).mean(), params)
+    assert total_norm(expected) > 0 and all(map(torch.equal, gradients, expected))
 
 
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.01, 0.01)])
-def test_splitting_the_batch_changes_nothing_but_rounding(pipe, pickscore, rho, rho_w):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
-    for size in 1, 2, 4:
-        batches = rsaft.micro_batches(PROMPTS[:4], (0, 0), size)
-        log = rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho, rho_w)
-        results.append((log, torch.cat([p.grad.flatten() for p in params])))
-    for log, gradient in results[1:]:
-        assert (gradient - results[0][1]).norm() < 1e-3 * results[0][1].norm()
-        assert log == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in results[0][0].items()}
+def test_splitting_the_batch_changes_nothing_but_rounding(model, params, pickscore, rho, rho_w):
+    results = [step_of_algorithm_1(model, params, rsaft.draft(4, None), pickscore, size=size, rho=rho, rho_w=rho_w)
+               for size in (1, 2, 4)]
+    log, gradients = results[0]
+    for other, others in results[1:]:
+        assert total_norm(a - b for a, b in zip(gradients, others)) < 1e-3 * total_norm(gradients)
+        assert other == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in log.items()}
 
 
-def test_the_window_repeats_the_second_rollout_from_the_first_step_with_gradient_on(pipe, pickscore):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
+def test_with_reuse_starts_the_second_rollout_begins_with_the_latents_of_the_first(model, params, pickscore):
     torch.nn.init.normal_(params[1], std=0.1, generator=torch.Generator().manual_seed(1))
-    generate, plan = rsaft.make_generate(pipe, 4, 3.0, LATENT), rsaft.draft(4, None, K=2)
+    plan = rsaft.draft(4, None, K=2)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
 
-    def gradient(window, plan=plan):
-        rsaft.rsaft_gradient([batch], partial(generate, plan=plan), pickscore, params, rho_w=0.5, window=window)
-        return [p.grad.clone() for p in params]
+    def gradients(reuse_starts, plan=plan):
+        return step_of_algorithm_1(model, params, plan, pickscore, rho_w=0.5, reuse_starts=reuse_starts)[1]
 
-    x0, start = generate(batch, plan=plan)                 # by hand: the latents before the window, at theta
-    plain = torch.autograd.grad(pickscore(x0, batch.prompts).mean(), params)
-    with rsaft.perturbed(params, rsaft.parameter_perturbation(plain, 0.5)):
-        moved, _ = generate(batch, start, plan=plan)
-        expected = torch.autograd.grad(pickscore(moved, batch.prompts).mean(), params)
-    assert_close(gradient(True), list(expected), rtol=1e-4, atol=1e-7)
-    difference = sum((a - b).square().sum() for a, b in zip(gradient(False), expected)) ** 0.5
-    assert difference > 0.01 * sum(b.square().sum() for b in expected) ** 0.5      # the full rollout is another update
-    everything = rsaft.draft(4, None, K=4)                                         # nothing is left out: the same
-    assert all(map(torch.equal, gradient(True, everything), gradient(False, everything)))
+    start, = rsaft.sample_starts(model, plan, [batch], 4)             # by hand: at theta, before the second pass
+    x0, prompts = rsaft.sample_images(model, plan, batch, start)
+    at_theta = torch.autograd.grad(pickscore(x0, prompts).mean(), params)
+    with rsaft.perturbed(params, rsaft.parameter_perturbation(at_theta, 0.5)):
+        moved, _ = rsaft.sample_images(model, plan, batch, start)
+        expected = torch.autograd.grad(pickscore(moved, prompts).mean(), params)
+    assert_close(gradients(True), list(expected), rtol=1e-4, atol=1e-7)
+    difference = total_norm(a - b for a, b in zip(gradients(False), expected))
+    assert difference > 0.01 * total_norm(expected)                   # the full rollout is another update
+    everything = rsaft.draft(4, None, K=4)                            # nothing is left out: the same
+    assert all(map(torch.equal, gradients(True, everything), gradients(False, everything)))
 
 
 @pytest.mark.parametrize("method", ["draft", "drtune"])
-def test_a_checkpointed_gradient_is_the_plain_one(pipe, pickscore, method):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate, results = rsaft.make_generate(pipe, 4, 3.0, LATENT), []
+def test_a_checkpointed_gradient_is_the_plain_one(model, params, pickscore, method):
     plan = rsaft.METHODS[method](4, torch.Generator().manual_seed(0), 2)
-    batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
-    forwards = []
-    pipe.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: forwards.append(1))
+    forwards, results = [], []
+    model.network.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: forwards.append(1))
     for checkpointed in False, True:
         if checkpointed:
-            rsaft.checkpoint_gradients(pipe)
+            model.network.enable_gradient_checkpointing()
+            model.vae.enable_gradient_checkpointing()
         forwards.clear()
-        log = rsaft.rsaft_gradient([batch], partial(generate, plan=plan), pickscore, params, 0.01, 0.01)
-        results.append((log, [p.grad.clone() for p in params], len(forwards)))
-    assert results[0][0] == {name: pytest.approx(value, rel=1e-5) for name, value in results[1][0].items()}
-    assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
-    assert results[1][2] > results[0][2]                                           # it did recompute
+        results.append((*step_of_algorithm_1(model, params, plan, pickscore, rho=0.01, rho_w=0.01), len(forwards)))
+    (log, gradients, count), (other, others, recomputed) = results
+    assert log == {name: pytest.approx(value, rel=1e-5) for name, value in other.items()}
+    assert_close(gradients, others, rtol=1e-5, atol=1e-8)
+    assert recomputed > count                                         # it did recompute
 
 
-def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(pipe, pickscore):
+def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(model, params, pickscore):
     """With K < T the second rollout moves the first T - K steps too, and the reward falls further than predicted."""
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
-    log = rsaft.rsaft_gradient(rsaft.micro_batches(PROMPTS[:8], (0, 0), 8),
-                               partial(generate, plan=rsaft.draft(4, None, K=4)), pickscore, params, rho_w=0.01)
+    plan = rsaft.draft(4, None, K=4)
+    log, _ = step_of_algorithm_1(model, params, plan, pickscore, PROMPTS[:8], 8, rho_w=0.01)
     assert log["sam_norm"] == pytest.approx(0.01, rel=1e-4)
-    assert log["sam_fall_measured"] == pytest.approx(log["sam_fall_predicted"], rel=0.2)
+    assert log["fall_measured"] == pytest.approx(log["fall_predicted"], rel=0.2)
 
 
 def test_in_bf16_the_fall_under_sam_is_as_predicted_where_it_stands_above_the_rounding(pickscore):
     """The rounding: how far the reward in bf16 is from that in float32. At the default radius it hides the fall."""
     logs = []
     for dtype in torch.float32, torch.bfloat16:
-        pipe = rsaft.load_pipeline(str(MODEL), dtype)
-        params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
+        model = rsaft.load_model(str(MODEL), 4, 3.0, dtype=dtype)
+        params = model.add_adapter(4, torch.Generator().manual_seed(0))
         for B in params[1::2]:
             torch.nn.init.normal_(B, std=0.02, generator=torch.Generator().manual_seed(1))
-        generate = partial(rsaft.make_generate(pipe, 4, 3.0, LATENT), plan=rsaft.draft(4, None, K=4))
-        batches = rsaft.micro_batches(PROMPTS[:16], (0, 0), 16)
-        logs.append(rsaft.rsaft_gradient(batches, generate, pickscore, params, rho_w=0.3))
+        plan = rsaft.draft(4, None, K=4)
+        logs.append(step_of_algorithm_1(model, params, plan, pickscore, PROMPTS[:16], 16, rho_w=0.3)[0])
     exact, rounded = logs
-    assert rounded["sam_fall_predicted"] > 10 * abs(rounded["reward"] - exact["reward"]) > 0
-    assert rounded["sam_fall_measured"] == pytest.approx(rounded["sam_fall_predicted"], rel=0.2)
+    assert rounded["fall_predicted"] > 10 * abs(rounded["reward"] - exact["reward"]) > 0
+    assert rounded["fall_measured"] == pytest.approx(rounded["fall_predicted"], rel=0.2)
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
-def test_a_new_adapter_changes_no_bit_and_only_the_adapter_is_trained(pipe):
+def test_a_new_adapter_changes_no_bit_and_only_the_adapter_is_trained(model):
     x, embeds = normal(2, *LATENT), normal(2, 16, 64)
-    before = pipe.unet(x, 500, embeds).sample
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    assert torch.equal(pipe.unet(x, 500, embeds).sample, before)
-    attention = [m for m in pipe.unet.modules() if type(m).__name__ == "Attention"]
-    assert len(params) == 2 * 4 * len(attention) > 0                              # A and B of q, k, v and out
-    assert {id(p) for p in params} == {id(p) for p in pipe.unet.parameters() if p.requires_grad}
+    before = model.network(x, 500, embeds).sample
+    params = model.add_adapter(4, torch.Generator().manual_seed(0))
+    assert torch.equal(model.network(x, 500, embeds).sample, before)
+    attention = [m for m in model.network.modules() if type(m).__name__ == "Attention"]
+    assert len(params) == 2 * 4 * len(attention) > 0                  # A and B of q, k, v and out
+    assert {id(p) for p in params} == {id(p) for p in model.network.parameters() if p.requires_grad}
+    assert [id(p) for p in params] == [id(p) for p in model.adapter().values()]
     assert all(p.dtype == torch.float32 for p in params)
 
 
-def test_a_lora_layer_adds_b_a(pipe):
+def test_a_lora_layer_adds_b_a():
     layer = rsaft.LoRALinear(torch.nn.Linear(6, 5), 3, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(layer.B)
     x = normal(2, 6)
@@ -563,47 +743,131 @@ def test_a_lora_layer_adds_b_a(pipe):
     assert half.A.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_an_adapter_that_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="no linear layer is named to_q, to_k"):
+        rsaft.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), 4)
+    with pytest.raises(ValueError, match="rank 33 is above 32"):
+        rsaft.add_lora(model.network, 33)
+    with pytest.raises(rsaft.UserError, match="rank 33"):
+        model.add_adapter(33, None)
+    assert not any(isinstance(module, rsaft.LoRALinear) for module in model.network.modules())
+    assert len(rsaft.add_lora(model.network, 32)) > 0
+
+
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.01, 0.01)])
-def test_every_adapter_receives_gradient_after_the_second_update(pipe, pickscore, rho, rho_w):
-    params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-    generate = rsaft.make_generate(pipe, 4, 3.0, LATENT)
+def test_every_adapter_receives_gradient_after_the_second_update(model, params, pickscore, rho, rho_w):
     optimizer = torch.optim.AdamW(params, lr=1e-3, maximize=True)
     for update in range(2):
-        batches = rsaft.micro_batches(PROMPTS[:4], (0, update), 4)
-        rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)), pickscore, params, rho, rho_w)
+        step_of_algorithm_1(model, params, rsaft.draft(4, None), pickscore, rho=rho, rho_w=rho_w)
         if update == 0 and rho_w == 0:       # B starts at 0, so A's first gradient is 0 (unless sam has moved B)
             assert all((p.grad != 0).any() == (i % 2 == 1) for i, p in enumerate(params))
         optimizer.step()
     assert all((p.grad != 0).any() for p in params)
 
 
-# ---- Rewards -------------------------------------------------------------------------------------------------------
+# ---- Loading: whole, or refused ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("edges", ["soft", "hard"])                             # hard ones overshoot, hence the clamp
-def test_pixels_are_resized_as_clip_resizes_8_bit_pictures(edges):
-    from PIL import Image
-    coarse = normal(1, 3, 20, 30).sigmoid() if edges == "soft" else (normal(1, 3, 20, 30) > 0).float()
-    coarse = F.interpolate(coarse, (300, 450), mode="bicubic" if edges == "soft" else "nearest").clamp(0, 1)
-    picture = Image.fromarray((coarse[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    resized = picture.resize((336, 224), Image.BICUBIC).crop((56, 0, 280, 224))
-    expected = torch.tensor(list(resized.tobytes())).view(224, 224, 3).permute(2, 0, 1) / 255
+@pytest.fixture
+def tiny(tmp_path):
+    """A copy of tiny/ to damage."""
+    return shutil.copytree(TINY, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("part, tensor", [
+    ("stable-diffusion/text_encoder", "final_layer_norm.bias"),
+    ("stable-diffusion/unet", "mid_block.attentions.0.proj_out.weight"),
+    ("stable-diffusion/vae", "decoder.conv_out.bias"),
+    ("pickscore", "logit_scale"), ("pickscore", "visual_projection.weight")])
+def test_a_missing_weight_is_refused_by_name_and_a_surplus_one_is_not(tiny, part, tensor):
+    from safetensors.torch import load_file, save_file
+    file, = (tiny / part).glob("*.safetensors")
+    state = load_file(file)
+    name, = [key for key in state if key.endswith(tensor)]
+    for change in "surplus", "renamed":
+        state["of_another_time"] = state.pop(name) if change == "renamed" else state[name].clone()
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(rsaft.UserError, match=f"lacks 1 weights of a .*{re.escape(tensor)}") if (
+                change == "renamed") else contextlib.nullcontext():
+            rsaft.load_model(str(tiny / "stable-diffusion"))
+            rsaft.make_reward("pickscore", tiny)
+
+
+@pytest.mark.parametrize("part", ["stable-diffusion/tokenizer", "pickscore"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(tiny, part):
+    """transformers makes an empty one, to which all prompts are alike."""
+    (tiny / part / "tokenizer.json").unlink()
+    with pytest.raises(rsaft.UserError, match="vocabulary"):
+        rsaft.load_model(str(tiny / "stable-diffusion"))
+        rsaft.make_reward("pickscore", tiny)
+
+
+def test_a_model_may_have_a_size_of_its_own_that_is_no_square(tiny):
+    config = tiny / "stable-diffusion" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [8, 16]}))
+    folder = str(tiny / "stable-diffusion")
+    assert rsaft.inspect_model(folder) == (rsaft.StableDiffusion, (4, 8, 16), 32, 64)
+    model, (batch,) = rsaft.load_model(folder, 2, 1.0), rsaft.micro_batches(PROMPTS[:1], (0, 0), 1)
+    start, = rsaft.sample_starts(model, plain(2), [batch], 1)
+    assert rsaft.sample_images(model, plain(2), batch, start)[0].shape == (1, 3, 32, 64)
+
+
+# ---- Rewards -----------------------------------------------------------------------------------------------
+
+def pixels(images, size, **how):
+    """What a vision tower is given, in [0, 1] again."""
     mean, std = torch.tensor([rsaft.CLIP_MEAN, rsaft.CLIP_STD])[..., None, None]
-    error = (rsaft.clip_pixels(coarse, 224)[0] * std + mean - expected).abs()
-    off = (error > 1.5 / 255).float().mean()
-    assert off == 0 if edges == "soft" else off < 0.01      # PIL clips between its two passes too: a few pixels differ
+    return rsaft.clip_pixels(images, size, **how) * std + mean
+
+
+@pytest.mark.parametrize("size", [(300, 450), (768, 1024), (1024, 768)])
+@pytest.mark.parametrize("edges", ["soft", "hard"])                 # hard ones overshoot, hence the clamp
+def test_pixels_are_resized_as_clip_resizes_8_bit_pictures(edges, size):
+    """By transformers' own processor. At 4:3 the long side is 298.67 pixels, and CLIP cuts it off to 298."""
+    from PIL import Image
+    from transformers import CLIPImageProcessorPil
+    coarse = normal(1, 3, 24, 32).sigmoid() if edges == "soft" else (normal(1, 3, 24, 32) > 0).float()
+    coarse = F.interpolate(coarse, size, mode="bicubic" if edges == "soft" else "nearest").clamp(0, 1)
+    picture = Image.fromarray((coarse[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    expected = CLIPImageProcessorPil(do_normalize=False)(picture, return_tensors="pt").pixel_values
+    off = ((pixels(coarse, 224) - expected).abs() > 1.5 / 255).float().mean()
+    assert off == 0 if edges == "soft" else off < 0.01   # PIL clips between its two passes too: a few differ
+
+
+@pytest.mark.parametrize("H, W", [(16, 32), (24, 32), (77, 48), (30, 128), (768, 1024), (100, 224)])
+def test_a_picture_is_padded_for_hpsv2_as_open_clip_pads_it(H, W):
+    """Both sides by one scale, rounded, then zeros on both sides, the smaller half first."""
+    size = 32 if W < 200 else 224
+    images = 0.2 + 0.6 * F.interpolate(normal(1, 3, 6, 8), (H, W), mode="bicubic").sigmoid()
+    scale = size / max(H, W)
+    h, w = round(H * scale), round(W * scale)
+    resized = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
+    top, left = (size - h) // 2, (size - w) // 2
+    expected = torch.zeros(1, 3, size, size)
+    expected[:, :, top:top + h, left:left + w] = resized
+    assert_close(pixels(images, size, pad=True), expected, rtol=0, atol=1e-5)
 
 
 def test_pixels_of_the_right_size_are_only_normalised_so_that_every_one_carries_gradient():
     images = (1.5 * normal(1, 3, 32, 32)).requires_grad_()           # also far outside [0, 1]
-    gradient, = torch.autograd.grad(rsaft.clip_pixels(images, 32).sum(), images)
-    assert_close(gradient, (1 / torch.tensor(rsaft.CLIP_STD)).view(1, 3, 1, 1).expand_as(images))
+    for pad in False, True:
+        gradient, = torch.autograd.grad(rsaft.clip_pixels(images, 32, pad).sum(), images)
+        assert_close(gradient, (1 / torch.tensor(rsaft.CLIP_STD)).view(1, 3, 1, 1).expand_as(images))
+
+
+def test_a_wide_picture_is_padded_for_hpsv2_and_cropped_for_clip():
+    wide = 0.2 + 0.6 * normal(1, 3, 16, 32).sigmoid()
+    padded, cropped = pixels(wide, 32, pad=True)[0], pixels(wide, 16)[0]
+    assert_close(padded[:, 8:24], wide[0])
+    assert padded[:, :8].abs().max() < 1e-6 and padded[:, 24:].abs().max() < 1e-6
+    assert_close(cropped, wide[0, :, :, 8:24])
 
 
 def test_pickscore_is_the_logit_of_transformers_own_clip(pickscore, pictures):
     from transformers import CLIPModel, CLIPTokenizer
     images, prompts = pictures
-    model, tokenizer = CLIPModel.from_pretrained(TINY / "pickscore"), CLIPTokenizer.from_pretrained(TINY / "pickscore")
-    tokens = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
+    model = CLIPModel.from_pretrained(TINY / "pickscore")
+    tokens = CLIPTokenizer.from_pretrained(TINY / "pickscore")(prompts, padding="max_length", max_length=16,
+                                                               return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=tokens.input_ids, pixel_values=rsaft.clip_pixels(images, 32)).logits_per_image
     assert_close(pickscore(images, prompts), logits.diagonal(), rtol=1e-4, atol=1e-3)
@@ -611,23 +875,18 @@ def test_pickscore_is_the_logit_of_transformers_own_clip(pickscore, pictures):
 
 def test_the_rewards_know_what_they_are_shown(pickscore, pictures):
     images, prompts = pictures
-    judge = rsaft.make_reward("judge", TINY)
-    for reward in pickscore, judge:
+    for reward in pickscore, rsaft.make_reward("judge", TINY):
         assert (reward(images, prompts) > reward(images, prompts[1:] + prompts[:1])).all()
 
 
-def test_the_gradient_of_the_reward_agrees_with_finite_differences(pickscore, pictures):
+def test_the_gradient_of_the_reward_agrees_with_finite_differences_and_its_weights_are_frozen(pickscore, pictures):
     images, prompts = pictures
+    assert not pickscore(images, prompts).requires_grad
     value, gradient = rsaft.reward_gradient(pickscore, images, prompts)
     assert not value.requires_grad and not gradient.requires_grad and gradient.shape == images.shape
     direction = rsaft.sample_perturbation(gradient, 0.005)
     difference = (pickscore(images + direction, prompts) - pickscore(images - direction, prompts)) / 2
     assert_close((gradient * direction).flatten(1).sum(1), difference, rtol=0.02, atol=1e-3)
-
-
-def test_the_weights_of_a_reward_are_frozen(pickscore, pictures):
-    images, prompts = pictures
-    assert not pickscore(images, prompts).requires_grad
 
 
 class Block(torch.nn.Module):
@@ -768,25 +1027,29 @@ def imagereward_by_hand(state, ids, attention_mask, pixels):
 
 @pytest.fixture
 def originals(tmp_path, monkeypatch):
-    """A --models folder with every reward in its original layout, small, and the formula that each must agree with."""
-    import shutil
+    """A --models folder with every reward in its original layout, small, and the formula that each must agree
+    with."""
     from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "pickscore")
     for name in "pickscore", "clipscore", "aesthetic":
         shutil.copytree(TINY / "pickscore", tmp_path / name)
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, hidden_act="gelu")
-    monkeypatch.setattr(rsaft, "VIT_H", dict(
-        text_config={**text, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
-        vision_config={**text, "hidden_size": 48, "intermediate_size": 96, "patch_size": 8, "image_size": 32},
-        projection_dim=24))
-    monkeypatch.setattr(rsaft, "BLIP_LARGE", {**rsaft.BLIP_LARGE, "hidden_size": 32, "intermediate_size": 64,
-                                              "num_hidden_layers": 1, "image_size": 32, "patch_size": 8})
+    loaders = {name: rsaft.import_file(HERE / "rewards" / f"{name}.py").load.__globals__
+               for name in ("hpsv2", "hpsv2.1", "imagereward")}
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
                                                *sorted(set(" ".join(PROMPTS).split()))])}
-    monkeypatch.setattr(rsaft, "BLIP_TEXT", {**rsaft.BLIP_TEXT, "vocab_size": len(words), "hidden_size": 24,
-                                             "encoder_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                                             "max_position_embeddings": 40})
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, hidden_act="gelu")
+    vision = dict(hidden_size=48, intermediate_size=96, patch_size=8, image_size=32)
+    for name in "hpsv2", "hpsv2.1":
+        monkeypatch.setitem(loaders[name], "VIT_H", dict(
+            text_config={**text, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+            vision_config={**text, **vision}, projection_dim=24))
+    for name, change in {
+            "BLIP_LARGE": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=32,
+                               patch_size=8),
+            "BLIP_TEXT": dict(vocab_size=len(words), hidden_size=24, encoder_hidden_size=32, intermediate_size=48,
+                              num_hidden_layers=1, max_position_embeddings=40)}.items():
+        monkeypatch.setitem(loaders["imagereward"], name, {**loaders["imagereward"][name], **change})
     clips = {}
     for name, file in ("hpsv2", "HPS_v2_compressed.pt"), ("hpsv2.1", "HPS_v2.1_compressed.pt"):
         clips[name] = OpenClip(len(tokenizer), 16).eval()
@@ -922,613 +1185,3 @@ def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(picture
         clean = ground + (color - ground) * world.templates()[shape].view(-1, 1, 32, 32)
         for image, distance in zip(images, distances[:, caption]):
             assert_close(distance, (clean - image).square().mean((1, 2, 3)).sqrt().min(), rtol=1e-3, atol=1e-4)
-
-
-# ---- What a user sees ----------------------------------------------------------------------------------------------
-
-def run(*arguments):
-    """rsaft.py in a process of its own, as a user has it."""
-    command = [sys.executable, str(HERE / "rsaft.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def records(out, evaluations=False):
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("eval", False) == evaluations]
-
-
-def small(out, *arguments):
-    """A run of a few updates on small batches, in this process. Returns its exit code."""
-    return rsaft.main(["--tiny", "--train-steps", "3", "--sampling-steps", "4", "--batch-size", "4", "--eval-images",
-                       "4", "--micro-batch-size", "4", "--eval-every", "2", "--rank", "4", "--out", str(out),
-                       *map(str, arguments)])
-
-
-def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_plain_diffusers(tmp_path):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from PIL import Image
-    command = "python rsaft.py --tiny --reward pickscore --sam --noise"
-    readme = (HERE / "README.md").read_text()
-    assert f"pip install -r requirements.txt && {command}\n" in readme
-    out = tmp_path / "out"
-    result = run(*command.split()[2:], "--train-steps", 3, "--eval-every", 2, "--eval-images", 16, "--out", out)
-    assert result.returncode == 0, result.stderr
-    for word in "before", "after", "pickscore", "judge", "oracle_rmse", "oracle_accuracy", "s1", str(out):
-        assert word in result.stdout
-    assert "Traceback" not in result.stderr and "Warning" not in result.stderr and "torchvision" not in result.stderr
-
-    files = {"config.json", "log.jsonl", "samples", "best", "pytorch_lora_weights.safetensors",
-             "checkpoint.pt"}
-    assert {path.name for path in out.iterdir()} == files
-    config = json.loads((out / "config.json").read_text())
-    assert config["noise"] == config["sam"] == 0.01 and config["versions"]["torch"] == torch.__version__
-    assert [record["step"] for record in records(out)] == [1, 2, 3]
-    for record in records(out):
-        assert record.keys() >= {"reward", "grad_norm", "seconds", "peak_gb"}
-        assert record["noise_norm"] == pytest.approx(0.01, rel=1e-3) == record["sam_norm"]
-        assert record["noise_fall_measured"] == pytest.approx(record["noise_fall_predicted"], rel=0.1)
-        assert record["sam_fall_measured"] > 0.5 * record["sam_fall_predicted"] > 0
-    evaluations = records(out, evaluations=True)
-    assert [record["step"] for record in evaluations] == [0, 2, 3]
-    assert evaluations[0].keys() == {"eval", "step", "alarm", "pickscore", "judge", "oracle_rmse",
-                                     "oracle_accuracy", "s1"}
-
-    # What README tells the user to do with the adapter: the pipeline of diffusers, and nothing of ours but the noise.
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-
-    def grid():
-        latents = rsaft.evaluation_latents(16, LATENT)
-        images = pipe(PROMPTS[:16], latents=latents, num_inference_steps=10, guidance_scale=3.0, height=32, width=32,
-                      output_type="pt").images
-        return (255 * images.unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2).reshape(128, 128, 3)).round()
-
-    def saved(step):
-        picture = Image.open(out / "samples" / f"step_{step:06d}.png")
-        assert picture.size == (512, 512)
-        return torch.tensor(list(picture.resize((128, 128), Image.NEAREST).tobytes())).view(128, 128, 3).float()
-
-    assert (grid() - saved(0)).abs().max() <= 2
-    assert (grid() - saved(3)).abs().max() > 2
-    pipe.load_lora_weights(out)
-    assert (grid() - saved(3)).abs().max() <= 2
-
-
-def test_radius_0_gives_the_log_and_the_adapter_of_the_plain_method_bit_for_bit(tmp_path):
-    assert small(tmp_path / "plain") == 0 == small(tmp_path / "zero", "--sam", "0", "--noise", "0")
-    assert small(tmp_path / "sam", "--sam", "0.1") == 0
-    plain, zero, sam = ([{**record, "seconds": 0, "peak_gb": 0} for record in records(tmp_path / name)]
-                        for name in ("plain", "zero", "sam"))
-    assert plain == zero and plain != sam
-    weights = [(tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("plain", "zero", "sam")]
-    assert weights[0] == weights[1] != weights[2]
-
-
-@pytest.mark.parametrize("flags", [[], ["--sam", "--noise"]])
-def test_the_training_reward_rises(tmp_path, flags):
-    assert rsaft.main(["--tiny", "--train-steps", "25", "--batch-size", "16", "--eval-images", "72", "--eval-every",
-                       "25", "--learning-rate", "4e-3", "--out", str(tmp_path / "out"), *flags]) == 0
-    before, after = records(tmp_path / "out", evaluations=True)
-    assert after["pickscore"] > before["pickscore"] + 0.5
-
-
-def test_another_seed_is_another_run_and_the_same_seed_the_same_one(tmp_path):
-    for name, seed in ("a", 1), ("b", 1), ("c", 2):
-        assert small(tmp_path / name, "--seed", seed, "--noise", "--noise-type", "gaussian") == 0
-    a, b, c = ((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in "abc")
-    assert a == b != c
-
-
-def test_a_reward_of_ones_own_is_trained_on_and_named_in_the_log(tmp_path):
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    assert small(tmp_path / "out", "--reward", f"{tmp_path}/mine.py:brightness", "--eval-reward", "pickscore") == 0
-    assert records(tmp_path / "out", evaluations=True)[0].keys() == {"eval", "step", "alarm", "brightness",
-                                                                           "pickscore", "s1"}
-
-
-def test_without_a_held_out_score_the_run_says_so(tmp_path, capsys):
-    assert small(tmp_path / "out", "--eval-reward") == 0
-    assert capsys.readouterr().out.count("nothing") >= 2
-
-
-def test_two_rewards_are_mixed_as_a_weighted_sum_and_both_are_logged(tmp_path):
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    mixture = ["pickscore=0.5", f"{tmp_path}/mine.py:brightness=-3"]
-    assert small(tmp_path / "mixed", "--reward", *mixture, "--eval-every", "1", "--learning-rate", "1e-9") == 0
-    assert small(tmp_path / "one", "--reward", "pickscore", "--eval-every", "0", "--learning-rate", "1e-9") == 0
-    assert small(tmp_path / "two", "--reward", mixture[1][:-3], "--eval-every", "0", "--learning-rate", "1e-9") == 0
-    assert {"pickscore", "brightness"} <= records(tmp_path / "mixed", evaluations=True)[0].keys()
-    mixed, one, two = (records(tmp_path / name)[0]["reward"] for name in ("mixed", "one", "two"))
-    assert mixed == pytest.approx(0.5 * one - 3 * two, rel=1e-5)
-
-
-def test_the_alarm_needs_three_evaluations_in_a_row_with_the_reward_up_and_the_judge_down():
-    rising = [1, 2, 3, 4, 5]
-    assert rsaft.is_hacking(rising, [9, 9, 8, 7, 6]) and rsaft.is_hacking(rising[:4], [4, 3, 2, 1])
-    assert not rsaft.is_hacking(rising[:3], [4, 3, 2])                             # too early to tell
-    assert not rsaft.is_hacking(rising, [9, 8, 7, 6, 7])                           # the judge recovered
-    assert not rsaft.is_hacking(rising, [5, 6, 7, 6, 5])                           # only two in a row
-    assert not rsaft.is_hacking([1, 2, 3, 2, 5], [9, 8, 7, 6, 5])                  # the reward fell as well
-    assert not rsaft.is_hacking(rising, [1, 2, 3, 4, 5]) and not rsaft.is_hacking([], [])
-
-
-def test_the_judge_is_found_by_its_whole_name(tmp_path):
-    """Not by the name of a training reward that begins alike, as hpsv2 and hpsv2.1 do."""
-    (tmp_path / "mine.py").write_text("def grey(images, prompts):\n    return images.mean((1, 2, 3))\n\n\n"
-                                      "def grey2(images, prompts):\n    return -images.square().mean((1, 2, 3))\n")
-    mine = f"{tmp_path}/mine.py"
-    assert small(tmp_path / "out", "--reward", f"{mine}:grey2", "--eval-reward", f"{mine}:grey") == 0
-    assert json.loads((tmp_path / "out" / "best" / "best.json").read_text()).keys() == {"step", "grey"}
-
-
-JUDGED = ["--tiny", "--batch-size", "16", "--eval-images", "36", "--eval-every", "3", "--sampling-steps", "5"]
-
-
-def test_a_run_made_to_be_fooled_raises_the_alarm_and_stops_and_keeps_its_best_adapter(tmp_path, capsys):
-    from safetensors.torch import load_file
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    assert rsaft.main([*JUDGED, "--train-steps", "40", "--learning-rate", "5e-3", "--stop-on-hacking", "--reward",
-                       f"{tmp_path}/mine.py:brightness", "--out", str(tmp_path / "out")]) == 0
-    evaluations = records(tmp_path / "out", evaluations=True)
-    assert [record["alarm"] for record in evaluations] == [False] * (len(evaluations) - 1) + [True]
-    assert len(records(tmp_path / "out")) == evaluations[-1]["step"] < 40
-    assert "ALARM" in capsys.readouterr().out
-    best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
-    assert best["judge"] == max(record["judge"] for record in evaluations)
-    assert {record["step"]: record["judge"] for record in evaluations}[best["step"]] == best["judge"]
-    name = "pytorch_lora_weights.safetensors"
-    last, kept = load_file(tmp_path / "out" / name), load_file(tmp_path / "out" / "best" / name)
-    assert last.keys() == kept.keys() and any(not torch.equal(last[key], kept[key]) for key in last)
-
-
-def test_a_healthy_run_raises_no_alarm(tmp_path, capsys):
-    assert rsaft.main([*JUDGED, "--train-steps", "18", "--out", str(tmp_path / "out")]) == 0
-    evaluations = records(tmp_path / "out", evaluations=True)
-    assert len(evaluations) == 7 and not any(record["alarm"] for record in evaluations)
-    assert "no alarm" in capsys.readouterr().out
-
-
-def test_a_saved_adapter_is_judged_at_several_scales_beside_the_base_model(tmp_path, capsys):
-    assert small(tmp_path / "run", "--learning-rate", "1e-2") == 0
-    before, *_, after = records(tmp_path / "run", evaluations=True)
-    capsys.readouterr()
-    assert rsaft.main(["--evaluate", str(tmp_path / "run"), "--eval-reward", "judge", "pickscore", "--lora-scale",
-                       "0.5", "1.0", "--out", str(tmp_path / "judged")]) == 0
-    base, half, full = records(tmp_path / "judged", evaluations=True)
-    for name in "judge", "pickscore":
-        assert base[name] == pytest.approx(before[name], abs=1e-4)
-        assert full[name] == pytest.approx(after[name], abs=1e-4)
-        assert half[name] != base[name] != full[name]
-    table = capsys.readouterr().out
-    assert all(word in table for word in ("base model", "scale 0.5", "scale 1", f"{full['judge']:.3f}"))
-    grids = {path.name for path in (tmp_path / "judged" / "samples").iterdir()}
-    assert grids == {"scale_0.png", "scale_0.5.png", "scale_1.png"}
-    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())["judge"]
-    assert rsaft.main(["--evaluate", str(tmp_path / "run" / "best"), "--eval-reward", "judge", "--out",
-                       str(tmp_path / "best")]) == 0
-    assert records(tmp_path / "best", evaluations=True)[-1]["judge"] == pytest.approx(best, abs=1e-4)
-    saved = tmp_path / "run" / "pytorch_lora_weights.safetensors"
-    saved.write_bytes(saved.read_bytes()[:1000])
-    assert rsaft.main(["--evaluate", str(tmp_path / "run"), "--eval-reward", "judge"]) == 2
-    assert "doesn't fit" in capsys.readouterr().err
-
-
-def test_evaluations_can_have_prompts_of_their_own(tmp_path):
-    (tmp_path / "four.txt").write_text("\n".join(PROMPTS[-4:]))
-    assert small(tmp_path / "a") == 0 == small(tmp_path / "b", "--eval-prompts", tmp_path / "four.txt")
-    (a, b), (c, d) = ([records(tmp_path / name, evaluations=kind)[0] for name in "ab"] for kind in (False, True))
-    assert a["reward"] == b["reward"] and c["pickscore"] != d["pickscore"]
-
-
-def test_bf16_weights_train_a_float32_adapter(tmp_path):
-    from safetensors.torch import load_file
-    assert small(tmp_path / "out", "--dtype", "bfloat16", "--noise", "--sam") == 0
-    adapter = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in adapter.values())
-    for record in records(tmp_path / "out"):
-        assert record["noise_fall_measured"] == pytest.approx(record["noise_fall_predicted"], rel=0.1)
-
-
-def test_a_reward_that_turns_nan_stops_the_run_and_the_last_good_adapter_is_saved(tmp_path, capsys):
-    from safetensors.torch import load_file
-    (tmp_path / "mine.py").write_text("calls = 0\ndef fragile(images, prompts):\n    global calls\n    calls += 1\n"
-                                      "    return images.mean((1, 2, 3)) * (float('nan') if calls > 5 else 1)\n")
-    assert small(tmp_path / "out", "--reward", f"{tmp_path}/mine.py:fragile", "--eval-every", "0") == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("rsaft.py: update 3 has no finite gradient")
-    adapter = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    assert all(tensor.isfinite().all() for tensor in adapter.values()) and len(records(tmp_path / "out")) == 2
-    assert any((tensor != 0).any() for name, tensor in adapter.items() if "lora_B" in name)
-
-
-# ---- Several processes, killed runs ---------------------------------------------------------------------------------
-
-def adapter(out):
-    return (Path(out) / "pytorch_lora_weights.safetensors").read_bytes()
-
-
-def story(out):
-    """The log without what a clock or the machine says."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_gb")} for line in lines]
-
-
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=HERE,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-UPDATE = """
-import sys
-from functools import partial
-import torch
-import rsaft
-
-if rsaft.PROCESSES > 1:
-    torch.distributed.init_process_group()
-rsaft.quiet_libraries()
-pipe = rsaft.load_pipeline("tiny/stable-diffusion")
-params = rsaft.add_lora(pipe.unet, 4, torch.Generator().manual_seed(0))
-prompts = open("tiny/prompts.txt").read().splitlines()[:4]
-batches = rsaft.micro_batches(prompts, (0, 0), 1)[rsaft.RANK::rsaft.PROCESSES]
-generate, perturbation, seen = rsaft.make_generate(pipe, 4, 3.0, (4, 8, 8)), rsaft.parameter_perturbation, []
-
-def watched(grads, rho):
-    seen.append(perturbation(grads, rho))
-    return seen[-1]
-
-rsaft.parameter_perturbation = watched
-log = rsaft.rsaft_gradient(batches, partial(generate, plan=rsaft.draft(4, None)),
-                           rsaft.make_reward("pickscore", "tiny"), params, 0.01, 0.01)
-torch.save({"e": seen[0], "gradient": [p.grad for p in params], "log": log}, f"{sys.argv[1]}-{rsaft.RANK}.pt")
-"""
-
-
-def test_two_processes_make_the_update_of_one(tmp_path):
-    (tmp_path / "update.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
-    alone = subprocess.run([sys.executable, tmp_path / "update.py", tmp_path / "alone"], cwd=HERE, capture_output=True)
-    assert alone.returncode == 0, alone.stderr
-    together = torchrun(tmp_path / "update.py", tmp_path / "together")
-    assert together.returncode == 0, together.stderr
-    expected = torch.load(tmp_path / "alone-0.pt")
-    for rank in 0, 1:                                       # both have the sum, and so make the same step
-        update = torch.load(tmp_path / f"together-{rank}.pt")
-        for name in "e", "gradient":
-            a, b = (torch.cat([tensor.detach().flatten() for tensor in x[name]]) for x in (update, expected))
-            assert (a - b).norm() < 1e-3 * b.norm() and b.norm() > 0
-        assert update["log"] == {name: pytest.approx(value, rel=1e-3) for name, value in expected["log"].items()}
-
-
-def test_two_processes_write_the_log_of_one(tmp_path):
-    flags = ["--tiny", "--noise", "--sam", "--train-steps", 2, "--sampling-steps", 4, "--batch-size", 4,
-             "--micro-batch-size", 2, "--eval-images", 6, "--eval-every", 1]
-    assert rsaft.main([*map(str, flags), "--out", str(tmp_path / "one")]) == 0
-    result = torchrun("rsaft.py", *flags, "--out", tmp_path / "two")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("adapter, log.jsonl") == 1 and "cpu x 2" in result.stdout
-    one, two = story(tmp_path / "one"), story(tmp_path / "two")
-    assert [line.keys() for line in one] == [line.keys() for line in two]
-    for a, b in zip(one, two):
-        assert b == {name: pytest.approx(value, rel=2e-2, abs=1e-5) for name, value in a.items()}
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
-
-
-LONG = ["--tiny", "--noise", "--sam", "--method", "drtune", "--train-steps", "12", "--sampling-steps", "5", "--batch-size",
-        "4", "--eval-images", "4", "--eval-every", "2", "--checkpoint-every", "3", "--rank", "4"]
-
-
-def wait_for_updates(process, out, count):
-    """Wait until the log of a run in another process has so many updates, or the process has ended."""
-    while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):      # there is none yet, or the run just removed an older one
-            if (Path(out) / "log.jsonl").read_text().count("grad_norm") >= count:
-                return
-        time.sleep(0.01)
-
-
-def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    import random
-    whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
-    assert run(*LONG, "--out", whole).returncode == 0
-    moments = random.Random(0)
-    for target in 1, 4, 6, 10:                              # killed a moment after that many updates are in the log
-        process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--resume", "--out", str(killed)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_updates(process, killed, target)
-        time.sleep(moments.random() * 0.3)
-        process.kill()
-        kills += process.wait() == -9
-    assert kills == 4
-    result = run(*LONG, "--resume", "--out", killed)
-    assert result.returncode == 0, result.stderr
-    assert story(killed) == story(whole) and adapter(killed) == adapter(whole)
-    assert adapter(killed / "best") == adapter(whole / "best")
-    names = [sorted(str(path.relative_to(out)) for path in out.rglob("*")) for out in (whole, killed)]
-    assert names[0] == names[1]
-    for picture in (whole / "samples").iterdir():
-        assert picture.read_bytes() == (killed / "samples" / picture.name).read_bytes()
-
-
-def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path):
-    import signal
-    process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *LONG, "--out", str(tmp_path / "run")], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_updates(process, tmp_path / "run", 1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    done = records(tmp_path / "run")[-1]["step"]
-    assert process.returncode == 1 and done < 12 and "Traceback" not in error
-    assert f"stopped after update {done}; the same flags and --resume --out {tmp_path / 'run'} go on" in error
-    assert rsaft.main([*LONG, "--resume", "--out", str(tmp_path / "run")]) == 0
-    assert rsaft.main([*LONG, "--out", str(tmp_path / "whole")]) == 0
-    assert story(tmp_path / "run") == story(tmp_path / "whole") and adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-
-
-def test_a_finished_run_can_be_prolonged_and_then_is_the_long_run(tmp_path):
-    flags = ["--checkpoint-every", "0", "--eval-every", "1"]
-    assert small(tmp_path / "run", *flags) == 0 == small(tmp_path / "long", *flags, "--train-steps", "5")
-    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
-    assert small(tmp_path / "run", *flags, "--resume") == 0                       # nothing left to do, nothing changed
-    assert len(records(tmp_path / "run")) == 3
-    assert best == json.loads((tmp_path / "run" / "best" / "best.json").read_text())
-    assert small(tmp_path / "run", *flags, "--resume", "--train-steps", "5") == 0
-    assert story(tmp_path / "run") == story(tmp_path / "long") and adapter(tmp_path / "run") == adapter(tmp_path / "long")
-
-
-def test_overwrite_leaves_nothing_of_the_earlier_run_and_nothing_else_undone(tmp_path):
-    assert small(tmp_path / "run", "--train-steps", "4") == 0
-    (tmp_path / "run" / "notes.txt").write_text("years of work")
-    assert small(tmp_path / "run", "--overwrite", "--eval-every", "0") == 0 == small(tmp_path / "new", "--eval-every", "0")
-    names = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in (tmp_path / "run", tmp_path / "new")]
-    assert names[0] == names[1] | {"notes.txt"} and story(tmp_path / "run") == story(tmp_path / "new")
-
-
-@pytest.mark.parametrize("failing", ["checkpoint.pt", "pytorch_lora_weights.safetensors"])
-def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing_that_was_there(tmp_path, monkeypatch, capsys, failing):
-    assert small(tmp_path / "run") == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".safetensors")}
-    fsync, new = os.fsync, tmp_path / "run" / f"{failing}.new"
-
-    def full(descriptor):
-        if new.exists() and os.fstat(descriptor).st_ino == new.stat().st_ino:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    capsys.readouterr()
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        assert small(tmp_path / "run", "--resume", "--train-steps", "5") == 1
-    assert "No space left" in (error := capsys.readouterr().err.splitlines()[-1]) and error.startswith("rsaft.py: ")
-    for path, content in files.items():
-        assert path.read_bytes() == content or failing == "checkpoint.pt" and path.name != failing, path
-    assert small(tmp_path / "run", "--resume", "--train-steps", "5") == 0 == small(tmp_path / "whole", "--train-steps", "5")
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A small finished run, to be copied before it is spoilt."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert small(out, "--eval-every", "0") == 0
-    return out
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("run-by-a-pickle",)
-
-
-def with_other_shapes(out):
-    saved = torch.load(out / "checkpoint.pt")
-    saved["adapter"] = {key: tensor[:, :-1].clone() for key, tensor in saved["adapter"].items()}
-    torch.save(saved, out / "checkpoint.pt")
-
-
-def with_other_names(out):
-    saved = torch.load(out / "checkpoint.pt")
-    saved["adapter"] = {key.replace("attn1", "attention"): tensor for key, tensor in saved["adapter"].items()}
-    torch.save(saved, out / "checkpoint.pt")
-
-
-@pytest.mark.parametrize("spoil, flags, words", [
-    (None, [], "not empty.*--resume"),
-    (None, ["--resume", "--overwrite"], "exclude each other"),
-    (None, ["--resume", "--learning-rate", "0.5"], "learning_rate 0.002, not 0.5"),
-    (None, ["--resume", "--rank", "8"], "rank 4, not 8"),
-    (None, ["--resume", "--sam"], "sam 0.0, not 0.01"),
-    (None, ["--resume", "--seed", "1"], "seed 0, not 1"),
-    (None, ["--resume", "--method", "refl"], "method draft, not refl"),
-    (None, ["--resume", "--height", "64"], "height 32, not 64"),
-    (None, ["--resume", "--prompts", "ten.txt"], "prompts"),
-    (None, ["--resume", "--train-steps", "2"], "past update 2"),
-    (lambda out: (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000]), ["--resume"], "read"),
-    (lambda out: (out / "checkpoint.pt").write_bytes(b""), ["--resume"], "read"),
-    (lambda out: torch.save(Malicious(), out / "checkpoint.pt"), ["--resume"], "can't be read"),
-    (lambda out: torch.save({"step": 1}, out / "checkpoint.pt"), ["--resume"], "doesn't fit"),
-    (with_other_shapes, ["--resume"], "doesn't fit"),
-    (with_other_names, ["--resume"], "doesn't fit"),
-    (lambda out: (out / "config.json").write_text("{"), ["--resume"], "read"),
-    (lambda out: (out / "config.json").unlink(), ["--resume"], "holds no run"),
-    (lambda out: (out / "config.json").unlink(), ["--overwrite"], "holds no run"),
-])
-def test_a_run_that_cannot_be_resumed_is_left_as_it_is(finished, tmp_path, monkeypatch, capsys, spoil, flags, words):
-    import shutil
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, "run")
-    Path("ten.txt").write_text("\n".join(PROMPTS[:10]))
-    if spoil:
-        spoil(Path("run"))
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    assert small("run", "--eval-every", "0", *flags) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    assert not Path("run-by-a-pickle").exists()
-
-
-OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n",
-       "shape.py": "def f(images, prompts):\n    return images.mean()\n",
-       "nan.py": "def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n",
-       "hard.py": "def f(images, prompts):\n    return (images > 0.5).float().mean((1, 2, 3))\n",
-       "raises.py": "def f(images, prompts):\n    raise RuntimeError('no pictures today')\n"}
-
-
-def model_with(folder, file, **changes):
-    """The tiny model with other entries in one of its files; with no entry, the first half of that file."""
-    import shutil
-    shutil.copytree(MODEL, folder)
-    path = Path(folder, file)
-    if changes:
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    else:
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-MODELS = {"sdxl": dict(file="model_index.json", _class_name="StableDiffusionXLPipeline"),
-          "unconditional": dict(file="unet/config.json", _class_name="UNet2DModel"),
-          "sample": dict(file="scheduler/scheduler_config.json", prediction_type="sample"),
-          "clipped": dict(file="scheduler/scheduler_config.json", thresholding=True),
-          "bitten": dict(file="unet/diffusion_pytorch_model.safetensors")}
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--bogus"], "--bogus"),
-    (["--train-steps", "many"], "--train-steps"),
-    (["--noise", "-1"], "--noise"),
-    (["--sam", "nan"], "--sam"),
-    (["--grad-steps", "11"], "--grad-steps 11"),
-    (["--grad-steps", "0"], "--grad-steps"),
-    (["--micro-batch-size", "5"], "--micro-batch-size 5 "),
-    (["--learning-rate", "0"], "--learning-rate"),
-    (["--sampling-steps", "1001"], "1001"),
-    (["--noise-type", "best"], "--noise-type"),
-    (["--device", "tpu"], "--device"),
-    (["--height", "33"], "multiples of 4"),
-    (["--prompts", "missing.txt"], "missing.txt"),
-    (["--prompts", "empty.txt"], "empty.txt"),
-    (["--prompts", "."], "--prompts .|prompt file ."),
-    (["--prompts", "latin1.txt"], "latin1.txt"),
-    (["--prompts", "dogs.txt"], "a dog"),
-    (["--reward", "beauty"], "beauty"),
-    (["--reward", "missing.py:f"], "missing.py"),
-    (["--reward", "none.py:f"], "no attribute 'f'"),
-    (["--reward", "broken.py:f"], "nothing_of_that_name"),
-    (["--reward", "shape.py:f"], "shape"),
-    (["--reward", "nan.py:f"], "not finite"),
-    (["--reward", "hard.py:f"], "not differentiable"),
-    (["--reward", "raises.py:f"], "no pictures today"),
-    (["--reward", "judge"], "held out"),
-    (["--method", "dpo"], "--method"),
-    (["--method", "refl", "--grad-steps", "10"], "--grad-steps 10"),
-    (["--method", "drtune", "--grad-steps", "8"], "--grad-steps 8"),
-    (["--evaluate", "."], "no pytorch_lora_weights"),
-    (["--stop-on-hacking", "--eval-every", "0"], "--eval-every"),
-    (["--eval-prompts", "missing.txt"], "missing.txt"),
-    (["--reward", "pickscore", "pickscore=2"], "twice"),
-    (["--reward", "pickscore=nan"], "finite"),
-    (["--reward", "pickscore=much"], "pickscore=much"),
-    (["--eval-reward", "beauty"], "beauty"),
-    (["--models", "nowhere"], "nowhere"),
-    (["--models", "."], "pickscore"),
-    (["--model", "."], "model_index.json"),
-    (["--model", "./nowhere"], "nowhere"),
-    (["--model", str(TINY / "pickscore")], "model_index.json"),
-    (["--out", "full"], "not empty"),
-    (["--out", "full", "--resume"], "holds no run"),
-    (["--out", "full", "--overwrite"], "holds no run"),
-    (["--out", "empty.txt/out"], "empty.txt"),
-    (["--resume"], "--out"),
-    (["--overwrite"], "--out"),
-    (["--evaluate", "run", "--overwrite", "--out", "run"], "exclude each other"),
-    (["--evaluate", "run"], "doesn't fit"),
-    (["--sam-rollout", "half"], "--sam-rollout"),
-    (["--checkpoint-every", "-1"], "--checkpoint-every"),
-    (["--eval-images", "0"], "--eval-images"),
-    (["--seed", "1.5"], "--seed"),
-    (["--dtype", "float16"], "--dtype"),
-    (["--model", "sdxl"], "StableDiffusionXLPipeline"),
-    (["--model", "unconditional"], "UNet2DModel"),
-    (["--model", "sample"], "prediction_type"),
-    (["--model", "clipped"], "clip"),
-    (["--model", "bitten"], "bitten doesn't load"),
-])
-def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, flags, words):
-    monkeypatch.chdir(tmp_path)
-    for name, text in OWN.items():
-        Path(name).write_text(text)
-    Path("empty.txt").write_text("\n  \n")
-    Path("dogs.txt").write_text(PROMPTS[0] + "\na dog\n")
-    Path("latin1.txt").write_bytes("déjà vu".encode("latin1"))
-    Path("full").mkdir()
-    Path("full", "thesis.txt").write_text("years of work")
-    Path("run").mkdir()
-    Path("run", "pytorch_lora_weights.safetensors").write_bytes(b"no adapter")
-    if "--model" in flags and (changes := MODELS.get(flags[-1])):
-        model_with(flags[-1], **changes)
-    before = sorted(str(p) for p in Path().rglob("*") if "__pycache__" not in str(p))
-    assert rsaft.main(["--tiny", *flags]) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
-    assert sorted(str(p) for p in Path().rglob("*") if "__pycache__" not in str(p)) == before
-
-
-def test_a_model_that_predicts_v_is_trained_as_well(tmp_path):
-    """Its weights predict epsilon, so the pictures are nothing; that the step is v's is tested above."""
-    model_with(tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    assert small(tmp_path / "out", "--model", tmp_path / "v", "--noise", "--sam") == 0
-    assert all(record["grad_norm"] > 0 for record in records(tmp_path / "out"))
-
-
-def test_prompt_files_of_every_make_are_read(tmp_path):
-    text = "\ufeffa red circle\r\n\r\n   \r\na blue square  \r\n" + "very " * 2000 + "long\r\nun cercle déjà vu"
-    (tmp_path / "prompts.txt").write_bytes(text.encode())
-    prompts = rsaft.read_prompts(tmp_path / "prompts.txt")
-    assert prompts == ["a red circle", "a blue square", "very " * 2000 + "long", "un cercle déjà vu"]
-    assert small(tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--eval-reward", "judge") == 0
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(rsaft, "PROCESSES", 3)
-    assert rsaft.main(["--tiny", "--batch-size", "32"]) == 2
-    assert "--batch-size 32 can't be divided by 3" in capsys.readouterr().err
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_ways_out():
-    """The address is one that answers nothing, so that this holds with and without a network."""
-    result = subprocess.run([sys.executable, str(HERE / "rsaft.py"), "--reward", "pickscore"], text=True,
-                            capture_output=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert "--tiny" in result.stderr and "--models DIR" in result.stderr
-
-
-def test_tensorboard_is_asked_for_only_where_it_is_installed(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)              # as if it were not
-    assert rsaft.main(["--tiny", "--tensorboard"]) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
-
-
-def test_help_gives_every_flag_with_its_default_on_two_screens():
-    text = run("--help").stdout
-    assert len(text.splitlines()) <= 80
-    for setting in rsaft.fields(rsaft.Config):
-        assert "--" + setting.name.replace("_", "-") in text
-    assert "(default: 2e-05)" in text
-
-
-def test_the_patch_in_the_readme_is_algorithm_1():
-    """Its code is run as it stands there, inside a reader's loop, and must give the update of rsaft_gradient."""
-    patch = next(block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-                 if "perturbed(" in block)
-    reference, toy = Toy(), Toy()
-    _, expected = reference(rho=1e-2, rho_w=1e-2)
-    updates = []
-
-    class Optimizer(torch.optim.SGD):
-        def step(self):
-            updates.append(self.param_groups[0]["params"][0].grad.clone())
-
-    batch, optimizer = toy.batches[0], Optimizer([toy.theta], maximize=True)
-    exec(patch, dict(reward=toy.reward, params=[toy.theta], prompts=batch.prompts, optimizer=optimizer,
-                     generate=lambda prompts: toy.generate(batch)[0]))
-    assert_close(updates, [expected], rtol=1e-9, atol=1e-9)

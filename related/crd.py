@@ -1,20 +1,21 @@
-"""CRD: Centered Reward Distillation, online tuning of text-to-image diffusion models without the reward's gradient.
+"""CRD: Centered Reward Distillation, online tuning of text-to-image models without the reward's gradient.
 
-The method of arXiv 2603.14128, from its published description. Maximising a reward R under a KL penalty makes R equal
-to the implicit reward plus a constant of the prompt that can't be computed; subtracting the mean over the n pictures of
-one prompt removes it. So the two centred quantities are matched by regression. R may be a black box, and no gradient
-goes through the sampler: a finished picture is noised to x_t, and y is what the network should answer, e.g. the noise.
+The method of arXiv 2603.14128, from its published description. Maximising a reward R under a KL penalty makes
+R equal to the implicit reward plus a constant of the prompt that can't be computed; subtracting the mean over
+the n pictures of one prompt removes it. So the two centred quantities are matched by regression. R may be a
+black box, and no gradient goes through the sampler: a finished picture is noised to x_t, and y is what the
+network should answer, e.g. the noise.
 
     r_i  = -( |f_theta - y|^2 / w_theta  -  |f_old - y|^2 / w_old )        w: the mean absolute error, or 1
     loss = mean_i ( beta (r_i - mean_j r_j) - (R_i - mean_j R_j) )^2 a_max / beta
-           + kl mean_i ( m + R_i (1 - m) ) |f_theta - f_ref|^2             m = 1e-4 / kl;  no gradient through mean_j
+           + kl mean_i ( m + R_i (1 - m) ) |f_theta - f_ref|^2      m = 1e-4 / kl;  no gradient through mean_j
 
-R_i is the reward's advantage within its prompt, scaled to [0, 1]. An epoch draws pictures, scores them, and regresses.
-Three guards keep the model from drifting, each with a flag that turns it off:
+R_i is the reward's advantage within its prompt, scaled to [0, 1]. An epoch draws pictures, scores them, and
+regresses. Three guards keep the model from drifting, each with a flag that turns it off:
 
-    1. pictures come from a SAMPLING copy of the adapter, r is taken against an OLD copy     --sampler old
-    2. the anchor f_ref is the frozen model WITH guidance, the tuned one is run without      --anchor-scale 1
-    3. the anchor holds fast where the reward is high, and weakly where it is low            --anchor-weight constant
+    1. pictures come from a SAMPLING copy of the adapter, r is against an OLD copy    --sampler old
+    2. the anchor f_ref is the frozen model WITH guidance, the tuned one runs without --anchor-scale 1
+    3. the anchor holds fast where the reward is high, and weakly where it is low     --anchor-weight constant
 
 Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it:
 
@@ -31,19 +32,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py is no package; it lies one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
 from gdro import forward_process, holding, squared_error, update_average
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, named_generator
 
 
-# ---- The method: tensors in, tensors out ---------------------------------------------------------------------------
+# ---- The method: tensors in, tensors out -------------------------------------------------------------------
 
 def scaled_advantage(reward, a_max=5.0):
     """R: the rewards of the n pictures of a prompt, (..., n), as advantages in [0, 1] of the same shape.
 
-    a = (reward - mean) / standard deviation, clipped to +- a_max; R = (a / a_max) / 2 + 1/2. Where all n rewards are
-    equal a is 0. (Told by the rewards themselves: rounding gives equal ones a standard deviation that isn't quite 0.)
+    a = (reward - mean) / standard deviation, clipped to +- a_max; R = (a / a_max) / 2 + 1/2. Where all n
+    rewards are equal a is 0. (Told by the rewards themselves: rounding gives equal ones a standard deviation
+    that isn't quite 0.)
     """
     spread = reward.amax(-1, keepdim=True) > reward.amin(-1, keepdim=True)
     a = (reward - reward.mean(-1, keepdim=True)) / reward.std(-1, keepdim=True, correction=0)
@@ -53,7 +55,7 @@ def scaled_advantage(reward, a_max=5.0):
 def implicit_reward(f, f_old, y, adaptive=True):
     """r = -( |f - y|^2 / w - |f_old - y|^2 / w_old ), (B, C, h, w) each, to (B,); differentiable in f alone.
 
-    |.|^2 is a mean over elements; w is the mean absolute error of that picture, detached and at least 1e-5, or 1.
+    |.|^2 is a mean over elements; w is 1, or the picture's mean absolute error, detached and at least 1e-5.
     """
     def weighted(f):
         w = (f - y).abs().flatten(1).mean(1).detach().clamp_min(1e-5) if adaptive else 1
@@ -63,11 +65,12 @@ def implicit_reward(f, f_old, y, adaptive=True):
 
 
 def crd_loss(r, R, beta=1.0, a_max=5.0, form="square", temperature=None):
-    """mean_i ( beta (r_i - mean_j r_j) - (R_i - mean_j R_j) )^2 a_max / beta, without gradient through mean_j.
+    """mean_i ( beta (r_i - mean_j r_j) - (R_i - mean_j R_j) )^2 a_max / beta; no gradient through mean_j.
 
-    r: (..., n) implicit rewards of the pictures of one prompt; R: (..., n) from `scaled_advantage`. Returns (...,).
-    form "bce" puts BCE(beta (r_i - mean_j r_j), sigmoid(R_i - mean_j R_j)), the first in logits, in the square's place.
-    With a temperature T the loss is half one with means weighted by softmax(a / T), half one by softmax(-a / T).
+    r: (..., n) implicit rewards of the pictures of one prompt; R: (..., n) from `scaled_advantage`. Returns
+    (...,). form "bce" puts BCE(beta (r_i - mean_j r_j), sigmoid(R_i - mean_j R_j)), the first in logits, in
+    the square's place. With a temperature T the loss is half one with means weighted by softmax(a / T), half
+    one by softmax(-a / T).
     """
     r_fixed, a = r.detach(), (2 * R - 1) * a_max
     weights = [torch.full_like(R, 1 / R.shape[-1])]
@@ -77,13 +80,16 @@ def crd_loss(r, R, beta=1.0, a_max=5.0, form="square", temperature=None):
     for w in weights:
         predicted = beta * (r - (w * r_fixed).sum(-1, keepdim=True))
         wanted = R - (w * R).sum(-1, keepdim=True)
-        loss = loss + ((predicted - wanted).square() if form == "square" else
-                       F.binary_cross_entropy_with_logits(predicted, wanted.sigmoid(), reduction="none")).mean(-1)
+        if form == "square":
+            each = (predicted - wanted).square()
+        else:
+            each = F.binary_cross_entropy_with_logits(predicted, wanted.sigmoid(), reduction="none")
+        loss = loss + each.mean(-1)
     return loss / len(weights) * a_max / beta
 
 
 def anchor_loss(f, f_ref, R, kl, by_reward=True):
-    """kl mean_i ( m + R_i (1 - m) ) |f - f_ref|^2 with m = 1e-4 / kl, or, not by reward, kl mean_i |f - f_ref|^2.
+    """kl mean_i ( m + R_i (1 - m) ) |f - f_ref|^2 with m = 1e-4 / kl; not by reward m is 1.
 
     f, f_ref: (n, C, h, w); R: (n,) in [0, 1]; kl: positive. |.|^2 is a mean over elements. Returns a scalar.
     """
@@ -119,12 +125,13 @@ def train(settings):
     """Epochs of draw, score and regress. Raises UserError, then RunStopped."""
     settings, n = check(settings), settings.group_size
     model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False)
-    alphas, sampling_plan = model.pipe.scheduler.alphas_cumprod.sqrt().tolist(), rsaft.Plan((False,) * len(model.steps))
-    prediction_type, groups = model.pipe.scheduler.config.prediction_type, settings.batch_size // n
+    scheduler, groups = model.pipe.scheduler, settings.batch_size // n
+    alphas, prediction_type = scheduler.alphas_cumprod.sqrt().tolist(), scheduler.config.prediction_type
+    sampling_plan = rsaft.Plan((False,) * len(model.steps))
     params = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
     reference = [p.detach().clone() for p in params]           # B is 0 there, so it is the frozen model
     old, sampling = ([p.detach().clone() for p in params] for _ in range(2))
-    latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)              # of the epoch's pictures
+    latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)    # of the epoch's pictures
     rewards = torch.zeros(groups, n, device=model.device)
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
@@ -136,12 +143,14 @@ def train(settings):
             ends = rsaft.sample_starts(model, sampling_plan, batches, settings.sampling_batch_size)
         pictures = [rsaft.sample_images(model, sampling_plan, *pair) for pair in zip(batches, ends)]
         latents.copy_(torch.cat(ends).view_as(latents))        # no step has a gradient: the last ones
-        rewards.copy_(torch.cat([scores.total(images, prompts) for images, prompts in pictures]).view_as(rewards))
+        scored = [scores.total(images, prompts) for images, prompts in pictures]
+        rewards.copy_(torch.cat(scored).view_as(rewards))
 
     free = 1 + (settings.kl > 0) * (1 + (settings.anchor_scale > 1))
-    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {settings.batch_size * free} network "
-          f"evaluations without gradient and {settings.batch_size} with, and every {settings.epoch_updates} updates "
-          f"{settings.batch_size * settings.sampling_steps * model.branches} without go into new pictures")
+    drawing = settings.batch_size * settings.sampling_steps * model.branches
+    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes "
+          f"{settings.batch_size * free} network evaluations without gradient, {settings.batch_size} with; "
+          f"every {settings.epoch_updates} updates {drawing} without go into new pictures")
 
     state = [*old, *sampling, latents, rewards]
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=state) as run:
@@ -155,18 +164,20 @@ def train(settings):
             advantages = scaled_advantage(rewards, settings.max_advantage)
             for number, (prompt, x0, R) in enumerate(zip(chosen, latents, advantages)):
                 rng = named_generator(settings.seed, step, number, "regression")
-                t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)   # one for the group, of the noisiest 99 percent
+                # One t for the group, of the noisiest 99 percent.
+                t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
                 x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
                 denoise = model.denoiser([prompt] * n, guidance_scale=1)
                 with torch.no_grad(), holding(params, old):
                     f_old = denoise(x, t)
-                if settings.kl > 0:      # before the pass whose graph is kept: it moves the weights for a moment
+                if settings.kl > 0:    # before the pass whose graph is kept, as it moves the weights
                     with torch.no_grad(), holding(params, reference):
                         f_ref = model.denoiser([prompt] * n, settings.anchor_scale)(x, t)
                 f = denoise(x, t)
                 r = implicit_reward(f, f_old, y, settings.error_weight == "adaptive")
-                loss = crd_loss(r, R, settings.beta, settings.max_advantage, settings.loss, settings.temperature)
+                loss = crd_loss(r, R, settings.beta, settings.max_advantage, settings.loss,
+                                settings.temperature)
                 log["regression"] += loss.item() / len(chosen)
                 if settings.kl > 0:
                     anchor = anchor_loss(f, f_ref, R, settings.kl, settings.anchor_weight == "reward")
@@ -192,17 +203,21 @@ def parse(argv=None):
     parser = rsaft.Parser("related/crd.py", "Centered Reward Distillation of text-to-image diffusion models.")
     parser.flags("method", [
         ("--group-size", 24, "n, pictures of a prompt", COUNT),
-        ("--epoch-updates", 20, "updates on the pictures of one epoch, --batch-size of them, each time all", COUNT),
+        ("--epoch-updates", 20, "updates on the pictures of one epoch, --batch-size of them, each time all",
+         COUNT),
         ("--beta", 1.0, "strength of the implicit reward", AMOUNT),
         ("--max-advantage", 5.0, "a_max: advantages are clipped to +- this many standard deviations", AMOUNT),
-        ("--error-weight", "adaptive", "w: each picture's mean absolute error, or 1", {"choices": ("adaptive", "one")}),
-        ("--loss", "square", "square, or binary cross entropy with sigmoid(centred R)", {"choices": ("square", "bce")}),
-        ("--temperature", None, "centre at means weighted by softmax(+-advantage / T); without the flag plain means",
-         AMOUNT),
+        ("--error-weight", "adaptive", "w: each picture's mean absolute error, or 1",
+         {"choices": ("adaptive", "one")}),
+        ("--loss", "square", "square, or binary cross entropy with sigmoid(centred R)",
+         {"choices": ("square", "bce")}),
+        ("--temperature", None, "centre at means weighted by softmax(+-advantage / T); without the flag "
+         "plain means", AMOUNT),
         ("--sampler", "own", "guard 1: draw with a copy of the adapter of its own, or with the old one",
          {"choices": ("own", "old")}),
         ("--kl", 0.1, "strength of the anchor; 0: none", AMOUNT_OR_0),
-        ("--anchor-scale", 4.5, "guard 2: guidance of the anchor, the frozen model; 1 turns it off", AMOUNT_OR_0),
+        ("--anchor-scale", 4.5, "guard 2: guidance of the anchor, the frozen model; 1 turns it off",
+         AMOUNT_OR_0),
         ("--anchor-weight", "reward", "guard 3: the anchor's strength follows the reward, or is constant",
          {"choices": ("reward", "constant")})])
     rsaft.add_common_flags(parser)

@@ -1,19 +1,20 @@
 """GDRO: Group-level Direct Reward Optimization of text-to-image diffusion models, in one file.
 
-The method of arXiv 2601.02036 (CVPR 2026), from its published description. The reward is never differentiated, so it
-may be a black box, and nothing is sampled in training: k pictures of a prompt, drawn and scored beforehand, are noised
-to the same t, and the model is tuned until its implicit reward (Diffusion-DPO, arXiv 2311.12908) ranks them as r does:
+The method of arXiv 2601.02036 (CVPR 2026), from its published description. The reward is never
+differentiated, so it may be a black box, and nothing is sampled in training: k pictures of a prompt, drawn
+and scored beforehand, are noised to the same t, and the model is tuned until its implicit reward
+(Diffusion-DPO, arXiv 2311.12908) ranks them as r does:
 
-    s_i = -beta ( |y - f_theta(x_t, t, c)|^2  -  |y - f_ref(x_t, t, c)|^2 )      y: what f should say, e.g. the noise
+    s_i = -beta ( |y - f_theta(x_t, t, c)|^2 - |y - f_ref(x_t, t, c)|^2 )   y: f's target, e.g. the noise
 
-    L = sum_{i<k} [ log sum_{m>=i} exp s_m  -  sum_{j>=i} q_i(j) s_j ]  +  gamma |y - f_theta|^2 of the best picture
+    L = sum_{i<k} [ log sum_{m>=i} exp s_m - sum_{j>=i} q_i(j) s_j ]  +  gamma |y - f_theta|^2 of picture 1
 
-with r_1 >= ... >= r_k and q_i(j) = softmax over j >= i of r_j / tau: a Plackett-Luce ranking with soft targets. The
-last term keeps the likelihood of the best picture from falling while the ranking improves. |.|^2 is a mean over
-elements, so that beta doesn't depend on the resolution.
+with r_1 >= ... >= r_k and q_i(j) = softmax over j >= i of r_j / tau: a Plackett-Luce ranking with soft
+targets. The last term keeps the likelihood of the best picture from falling while the ranking improves. |.|^2
+is a mean over elements, so that beta doesn't depend on the resolution.
 
-Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it, in one go, or in two, of which
-the second takes any folder of scored pictures:
+Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it, in one go, or in
+two, of which the second takes any folder of scored pictures:
 
     python related/gdro.py --tiny --reward pickscore
     python related/gdro.py --tiny --reward tiny/world.py:oracle_accuracy --data runs/scored --draw
@@ -31,22 +32,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py is no package; it lies one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, SWITCH, UserError, explained, named_generator
 
 
-# ---- The method: tensors in, tensors out ---------------------------------------------------------------------------
+# ---- The method: tensors in, tensors out -------------------------------------------------------------------
 
 def forward_process(x0, noise, alpha, sigma, prediction_type):
     """A noised picture x_t = alpha x0 + sigma noise, and the y that the network should answer with.
 
     x0, noise: latents, (B, C, h, w); alpha, sigma: numbers or tensors that broadcast. y = p x0 + q noise with
 
-        prediction_type    p        q
-        epsilon            0        1        the noise
-        v_prediction      -sigma    alpha    the velocity on the circle alpha^2 + sigma^2 = 1 (arXiv 2202.00512)
-        flow              -1        1        the velocity on the line alpha + sigma = 1 (arXiv 2210.02747)
+        prediction_type   p       q
+        epsilon           0       1       the noise
+        v_prediction     -sigma   alpha   the velocity on the circle alpha^2 + sigma^2 = 1 (arXiv 2202.00512)
+        flow             -1       1       the velocity on the line alpha + sigma = 1 (arXiv 2210.02747)
 
     Returns x_t and y, both (B, C, h, w). Raises KeyError for another prediction_type.
     """
@@ -60,7 +61,7 @@ def squared_error(f, y):
 
 
 def implicit_reward(error, error_ref, beta):
-    """s = -beta (|y - f_theta|^2 - |y - f_ref|^2), of any shape: how much likelier a picture became by tuning."""
+    """s = -beta (|y - f_theta|^2 - |y - f_ref|^2), of any shape: how much likelier tuning made a picture."""
     return -beta * (error - error_ref)
 
 
@@ -81,7 +82,7 @@ def gdro_loss(s, r, tau):
 
 
 def update_average(average, current, decay):
-    """average = decay average + (1 - decay) current, in place; both are lists of tensors of the same shapes."""
+    """average = decay average + (1 - decay) current, in place; both are lists of tensors of equal shapes."""
     with torch.no_grad():
         for mine, new in zip(average, current, strict=True):
             mine.lerp_(new, 1 - decay)
@@ -89,9 +90,9 @@ def update_average(average, current, decay):
 
 @contextlib.contextmanager
 def holding(params, values):
-    """Inside the with block `params` have other values; afterwards they are the same bits again, whatever happens.
+    """Inside the with block `params` have other values; afterwards the same bits again, whatever happens.
 
-    So one network serves for several copies of an adapter, which is small. Trap: call backward inside the block.
+    So one network serves for several copies of an adapter, which is small. Trap: backward belongs inside.
     """
     originals = [p.detach().clone() for p in params]
     try:
@@ -115,13 +116,15 @@ def check_drawn(folder, settings):
     if (folder / SETTINGS).is_file():
         with explained(f"--data {folder}: {SETTINGS} can't be read"):
             then = json.loads((folder / SETTINGS).read_text())
-        changed = [name for name, value in settings.items() if then.get(name) != json.loads(json.dumps(value))]
+        now = json.loads(json.dumps(settings))
+        changed = [name for name in now if then.get(name) != now[name]]
         if changed:
-            raise UserError(f"--data {folder} was drawn with another {', '.join(changed)}; name another folder")
+            raise UserError(f"--data {folder} was drawn with another {', '.join(changed)}; name another "
+                            "folder")
 
 
 def draw_pictures(settings, model, reward, all_prompts, folder):
-    """Draw and score --pictures of every prompt into `folder`; what is there already is kept. Raises UserError."""
+    """Draw and score --pictures of every prompt into `folder`; what is there is kept. Raises UserError."""
     from PIL import Image
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -139,34 +142,36 @@ def draw_pictures(settings, model, reward, all_prompts, folder):
         rsaft.write_atomic(folder / SETTINGS, json.dumps(drawn, indent=1).encode())
         (folder / LINES).touch()
         lines = [line for line in (folder / LINES).read_text().splitlines(True) if line.endswith("\n")]
-        # A batch is drawn again as a whole, so that its pictures have the bits of a run that wasn't interrupted.
+        # A batch is drawn again as a whole: so its pictures have the bits of a run that wasn't interrupted.
         first = len(batches) if len(lines) == len(prompts) else len(lines) // size
         rsaft.write_atomic(folder / LINES, "".join(lines[:first * size]).encode())
         for batch in tqdm(batches[first:], initial=first, total=len(batches), unit="batch"):
             with torch.no_grad():
-                latents, = rsaft.sample_starts(model, sampling, [batch], size)     # no step has a gradient: the last
+                # No step has a gradient, so these are the last latents.
+                latents, = rsaft.sample_starts(model, sampling, [batch], size)
                 images, _ = rsaft.sample_images(model, sampling, batch, latents)
                 rewards = reward(images, batch.prompts).tolist()
-            new = []
-            for name, prompt, image, latent, score in zip(batch.names, batch.prompts, images, latents, rewards):
+            new, rows = [], zip(batch.names, batch.prompts, images, latents, rewards)
+            for name, prompt, image, latent, score in rows:
                 stem = f"{name[-1]:06d}"
                 pixels = image.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(folder / f"{stem}.png")
                 save_file({"latents": latent.cpu().contiguous()}, folder / f"{stem}.safetensors")
                 new.append(json.dumps({"file": f"{stem}.png", "prompt": prompt, "reward": score,
-                                       "seed": [*name, "xT"]}) + "\n")             # of named_generator
-            with open(folder / LINES, "a") as file:                                # only now: what has a line is whole
+                                       "seed": [*name, "xT"]}) + "\n")    # of named_generator
+            with open(folder / LINES, "a") as file:    # only now: what has a line is whole
                 file.write("".join(new))
 
 
 def read_lines(folder):
-    """The lines of pictures.jsonl, dicts with file, prompt and reward. Raises UserError, also where some are due."""
+    """Lines of pictures.jsonl: dicts with file, prompt, reward. Raises UserError, also if some are due."""
     with explained(f"--data {folder}: {LINES} can't be read"):
         text = (folder / LINES).read_text()
         if (folder / SETTINGS).is_file():
             drawn = json.loads((folder / SETTINGS).read_text())
             if text.count("\n") < len(drawn["prompts"]) * drawn["pictures"]:
-                raise UserError(f"--data {folder} is drawn in part; without --train the same flags draw the rest")
+                raise UserError(f"--data {folder} is drawn in part; without --train the same flags draw the "
+                                "rest")
         lines = [json.loads(line) for line in text.splitlines()]
         return [{**line, "prompt": str(line["prompt"]), "reward": float(line["reward"])} for line in lines]
 
@@ -174,8 +179,8 @@ def read_lines(folder):
 def read_pictures(settings, model, folder, lines):
     """The scored pictures of `lines`: {prompt: (latents (n, C, h, w), rewards (n,))}, on the CPU.
 
-    Pictures without a NAME.safetensors are encoded by the VAE. Raises UserError for what can't be read, a wrong size, a
-    reward that isn't finite, too few pictures of a prompt.
+    Pictures without a NAME.safetensors are encoded by the VAE. Raises UserError for what can't be read, a
+    wrong size, a reward that isn't finite, too few pictures of a prompt.
     """
     import numpy
     from PIL import Image
@@ -189,19 +194,21 @@ def read_pictures(settings, model, folder, lines):
             else:
                 pixels = torch.from_numpy(numpy.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
                 if pixels.shape[2:] != (height, width):
-                    raise ValueError(f"it has {pixels.shape[3]}x{pixels.shape[2]} pixels, not {width}x{height}")
+                    raise ValueError(f"it has {pixels.shape[3]}x{pixels.shape[2]} pixels, not "
+                                     f"{width}x{height}")
                 with torch.no_grad():
                     encoded = vae.encode((pixels.to(model.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mean
                 latents = (encoded[0] * vae.config.scaling_factor).float().cpu()
             if latents.shape != model.latent_shape or not math.isfinite(line["reward"]):
-                raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward {line['reward']}")
+                raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward "
+                                 f"{line['reward']}")
             groups[line["prompt"]].append((latents, line["reward"]))
     few = [prompt for prompt, group in groups.items() if len(group) < settings.group_size]
     if few or not groups:
         raise UserError(f"--data {folder} has fewer than --group-size {settings.group_size} pictures of "
                         f"{few[0] if few else 'any prompt'!r}")
-    return {prompt: (torch.stack([latents for latents, _ in group]), torch.tensor([reward for _, reward in group]))
-            for prompt, group in groups.items()}
+    return {prompt: (torch.stack([latents for latents, _ in group]),
+                     torch.tensor([reward for _, reward in group])) for prompt, group in groups.items()}
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def check(settings):
 
 
 def train(settings):
-    """Draw and score the pictures, if that is still to be done, and tune the model on them. Raises UserError."""
+    """Draw and score the pictures that are due, and tune the model on them. Raises UserError, RunStopped."""
     settings, k, folder = check(settings), settings.group_size, Path(settings.data)
     if settings.train and settings.reward:
         check_drawn(folder, {"reward": settings.reward})
@@ -238,28 +245,28 @@ def train(settings):
     if settings.draw:
         print(f"pictures, latents and {LINES} are in {folder}")
         return
-    groups, alphas = read_pictures(settings, model, folder, lines), model.pipe.scheduler.alphas_cumprod.sqrt().tolist()
-    prediction_type = model.pipe.scheduler.config.prediction_type
-    # The network's own adapter is the average: it is evaluated and saved. What is trained are copies of its tensors,
-    # put into the network for the time of a gradient. With B at 0 it is the reference.
+    groups, scheduler = read_pictures(settings, model, folder, lines), model.pipe.scheduler
+    alphas, prediction_type = scheduler.alphas_cumprod.sqrt().tolist(), scheduler.config.prediction_type
+    # The network's own adapter is the average: it is evaluated and saved. What is trained are copies of its
+    # tensors, put into the network for the time of a gradient. With B at 0 it is the reference.
     average = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
     reference = [p.detach().clone() for p in average]
     params = [nn.Parameter(p.detach().clone()) for p in average]
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {settings.batch_size} network "
-          f"evaluations without gradient, {settings.batch_size} with")
+    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {settings.batch_size} "
+          f"network evaluations without gradient, {settings.batch_size} with")
 
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=params) as run:
         for step in run.steps():
-            log, chosen_prompts = defaultdict(float), rsaft.training_prompts(list(groups), settings.seed, step,
-                                                                             settings.batch_size // k)
+            log, chosen_prompts = defaultdict(float), rsaft.training_prompts(
+                list(groups), settings.seed, step, settings.batch_size // k)
             for p in average:
                 p.grad = None
             for number, prompt in enumerate(chosen_prompts):
                 rng = named_generator(settings.seed, step, number, "group")
                 chosen = torch.randperm(len(groups[prompt][1]), generator=rng)[:k]
                 x0, r = (tensor[chosen].to(model.device) for tensor in groups[prompt])
-                t = rsaft.draw(rng, 0, len(alphas) - 1)       # one t for the group: the ranking compares like with like
+                t = rsaft.draw(rng, 0, len(alphas) - 1)    # one for the group: so like is compared with like
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
                 x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
                 denoise = model.denoiser([prompt] * k, guidance_scale=1)
@@ -270,8 +277,8 @@ def train(settings):
                     ranking = gdro_loss(implicit_reward(error, error_ref, settings.beta), r, settings.tau)
                     loss = (ranking + settings.gamma * error[r.argmax()]) / len(chosen_prompts)
                     loss.backward()
-                for name, value in ("reward", r.mean()), ("ranking", ranking), ("best_error", error[r.argmax()]), (
-                        "best_error_ref", error_ref[r.argmax()]):
+                for name, value in {"reward": r.mean(), "ranking": ranking, "best_error": error[r.argmax()],
+                                    "best_error_ref": error_ref[r.argmax()]}.items():
                     log[name] += value.item() / len(chosen_prompts)
             for p, own in zip(params, average):
                 p.grad, own.grad = own.grad, None
@@ -284,25 +291,28 @@ def train(settings):
 
 # ---- Flags -------------------------------------------------------------------------------------------------
 
-# Beta and length are those of a run on seed 1, after seed 0 had shown that with the published beta, 12, the reward
-# rises here for 40 updates and then falls.
+# Beta and length are those of a run on seed 1, after seed 0 had shown that with the published beta, 12, the
+# reward rises here for 40 updates and then falls.
 TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
 
 
 def parse(argv=None):
     """The settings of the command line, an argparse.Namespace. Raises UserError."""
-    parser = rsaft.Parser("related/gdro.py", "Group-level Direct Reward Optimization of text-to-image diffusion models.")
+    parser = rsaft.Parser("related/gdro.py",
+                          "Group-level Direct Reward Optimization of text-to-image diffusion models.")
     parser.flags("method", [
         ("--data", "runs/groups", "the folder with the scored pictures", {"metavar": "DIR"}),
         ("--draw", False, "draw and score the pictures, and stop there", SWITCH),
-        ("--train", False, "draw nothing: train on what is in --data, your own scored pictures for instance; --reward "
-         "may then be empty", SWITCH),
+        ("--train", False, "draw nothing: train on what is in --data, your own scored pictures for instance; "
+         "--reward may then be empty", SWITCH),
         ("--pictures", 16, "pictures that are drawn of each prompt", COUNT),
         ("--group-size", 6, "k, how many of them, chosen at random, are ranked in an update", COUNT),
         ("--beta", 12.0, "strength of the implicit reward", AMOUNT),
-        ("--tau", 0.05, "temperature of the soft ranking, in units of the reward; small: only the order counts", AMOUNT),
+        ("--tau", 0.05, "temperature of the soft ranking, in units of the reward; small: the order alone "
+         "counts", AMOUNT),
         ("--gamma", 0.5, "weight of the best picture's own error; 0 turns it off", AMOUNT_OR_0),
-        ("--ema-decay", 0.99, "of the average of the weights, which is what is evaluated and saved", AMOUNT_OR_0)])
+        ("--ema-decay", 0.99, "of the average of the weights, which is what is evaluated and saved",
+         AMOUNT_OR_0)])
     rsaft.add_common_flags(parser)
     parser.set_defaults(batch_size=24, learning_rate=1e-4, rank=32)
     return rsaft.parse_with(parser, argv, TINY)

@@ -447,7 +447,7 @@ def means_over_processes(values):
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes: the one collective here. One alone changes nothing."""
+    """Replace each tensor by its sum over all processes, the one collective here; alone it changes nothing."""
     if distributed():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
@@ -528,8 +528,9 @@ def train(settings):
     window = settings.sam_rollout == "window"
     costs = network_evaluations(plan, model.branches, settings.sam > 0, window)
     without, with_gradient = (settings.batch_size * cost for cost in costs)
-    say(f"{sum(p.numel() for p in params):,} trained parameters; update 1 takes {without} network evaluations "
-        f"without gradient, {with_gradient} with")
+    size = sum(p.numel() for p in params)
+    say(f"{size:,} trained parameters; update 1 takes {without} network evaluations without gradient, "
+        f"{with_gradient} with")
 
     with Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
@@ -904,7 +905,7 @@ def import_file(path):
 
 
 def find_reward(name, models=None):
-    """The loader of a reward found by name, and {file: folder or hub id}. Loads no weights. Raises UserError."""
+    """The loader of a reward found by name, and {file: folder or hub id}; loads nothing. Raises UserError."""
     leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
     if name in leaves:
         leaf = import_file(leaves[name])
@@ -1087,7 +1088,9 @@ def say(text):
 
 
 def write_atomic(path, content):
-    """Write bytes to a file that has at any moment all of its old content or all of its new, whatever happens."""
+    """Write bytes to a file that has at any moment, whatever happens, all of its old or of its new content."""
+    if path.is_file() and path.read_bytes() == content:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(f"{path}.new")
     with open(new, "wb") as file:
@@ -1220,7 +1223,7 @@ class Run:
         self.report()
 
     def record(self, reward, grad_norm, **values):
-        """Log an update that the optimizer has made, and save. Raises UserError if the gradient was no good."""
+        """Log an update that the optimizer has made, and save. Raises UserError if its gradient was no good."""
         step, judge = len(self.updates) + 1, self.evaluation.scores.judge
         if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
             raise UserError(f"update {step} has no finite gradient, but the reward {reward:g} and a gradient "

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import types
 import weakref
 from functools import partial
@@ -279,10 +278,10 @@ def test_the_gradient_of_every_plan_is_the_derivative_of_its_detached_expression
     theta = start.clone().requires_grad_()
     x0 = rsaft.rollout(toy_denoise(theta), xT, steps, plan)
     gradient, = torch.autograd.grad(x0.sin().sum(), theta)
-    shifts = 1e-6 * torch.eye(2, dtype=torch.float64)
-    differences = [(by_hand(start + h, constants)[0] - by_hand(start - h, constants)[0]) / 2e-6 for h in shifts]
     assert_close(x0.sin().sum(), by_hand(start)[0])
-    assert_close(gradient, torch.stack(differences), rtol=1e-5, atol=1e-6)
+    for h, derivative in zip(1e-6 * torch.eye(2, dtype=torch.float64), gradient):
+        difference = by_hand(start + h, constants)[0] - by_hand(start - h, constants)[0]
+        assert_close(derivative, difference / 2e-6, rtol=1e-5, atol=1e-6)
     half = rsaft.rollout(toy_denoise(theta), xT, steps, plan, stop=plan.first_grad_step)
     assert not half.requires_grad
     rest = rsaft.rollout(toy_denoise(theta), half, steps, plan, first=plan.first_grad_step)
@@ -301,7 +300,7 @@ def test_renoising_undoes_itself_when_the_noise_is_known_and_gives_x0_no_gradien
 
 
 def test_pictures_are_made_by_anything_with_the_five_members_and_the_batchs_own_come_first():
-    """DRaFT-LV's: each picture of the rollout, then two more of the same prompts, noised and predicted again."""
+    """DRaFT-LV's: the pictures of the rollout, then twice the same prompts, noised and predicted again."""
     denoise, steps = toy_denoise(torch.tensor([0.7, 0.3], requires_grad=True)), toy_steps(5)
     model = types.SimpleNamespace(steps=steps, latent_shape=LATENT, device="cpu",
                                   denoiser=lambda prompts: denoise, decode=torch.sigmoid)
@@ -326,8 +325,8 @@ def test_starts_are_drawn_in_pieces_of_any_size(model):
         others = [rsaft.sample_images(model, plan, *pair)[0] for pair in zip(batches, starts, strict=True)]
         assert_close(others, images, rtol=0, atol=1e-4)
         assert size != 2 or all(map(torch.equal, starts, alone))
-    by_hand = rsaft.rollout(model.denoiser(PROMPTS[:2]), batches[0].noise("xT", LATENT), model.steps, plain(4),
-                            stop=2)
+    xT = batches[0].noise("xT", LATENT)
+    by_hand = rsaft.rollout(model.denoiser(PROMPTS[:2]), xT, model.steps, plain(4), stop=2)
     assert torch.equal(alone[0], by_hand)
 
 
@@ -357,13 +356,19 @@ def test_the_formula_counts_the_network_evaluations_of_every_plan(method):
 @pytest.mark.parametrize("method", rsaft.METHODS)
 def test_every_method_runs_with_every_perturbation_and_takes_the_evaluations_of_the_formula(
         model, params, pickscore, method):
-    """T = 8, without and with guidance, counted by the model and by the scores."""
-    model.steps, scores = model.step_table(8), rsaft.Scores({"pickscore": pickscore}, {"pickscore": 1.0})
-    plan, B = rsaft.METHODS[method](8, rsaft.named_generator(method)), 2
+    """T = 6 under guidance: what the model counts itself, and the pictures that the reward has seen."""
+    judged, plan, B = [], rsaft.METHODS[method](6, rsaft.named_generator(method)), 2
+    model.steps = model.step_table(6)
+
+    def reward(images, prompts):
+        judged.extend(prompts)
+        return pickscore(images, prompts)
+
     variants = [(rho, rho_w, False) for rho, rho_w in PERTURBATIONS]
     for rho, rho_w, reuse_starts in [*variants, (0.01, 0.01, True)]:
-        model.counts.clear(), scores.counts.clear()
-        log, gradients = step_of_algorithm_1(model, params, plan, scores.total, PROMPTS[:B], 1, rho=rho,
+        model.counts.clear()
+        judged.clear()
+        log, gradients = step_of_algorithm_1(model, params, plan, reward, PROMPTS[:B], B, rho=rho,
                                              rho_w=rho_w, reuse_starts=reuse_starts)
         assert total_norm(gradients) > 0
         assert ("noise_norm" in log, "sam_norm" in log) == (rho > 0, rho_w > 0)
@@ -375,7 +380,7 @@ def test_every_method_runs_with_every_perturbation_and_takes_the_evaluations_of_
         counted = tuple(model.counts[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
         assert counted == tuple(B * n for n in rsaft.network_evaluations(plan, 2, rho_w > 0, reuse_starts))
         # Of the reward: r and its gradient at theta, and where there is a perturbation at the worst place.
-        assert scores.counts["reward_evaluations"] == B * (1 + plan.renoised) * (2 if rho + rho_w > 0 else 1)
+        assert len(judged) == B * (1 + plan.renoised) * (2 if rho + rho_w > 0 else 1)
 
 
 @pytest.mark.parametrize("method", ["draft-lv", "alignprop", "refl", "drtune"])
@@ -389,8 +394,8 @@ def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tm
 
     monkeypatch.setattr(rsaft, "rollout", watched)
     assert small(tmp_path / "out", "--method", method, "--sam", "--noise", "--eval-every", "0",
-                 "--sampling-steps", "12", "--batch-size", "2", "--micro-batch-size", "1") == 0
-    settings = argparse.Namespace(seed=0, method=method, sampling_steps=12, grad_steps=None)
+                 "--sampling-steps", "8", "--batch-size", "2", "--micro-batch-size", "2") == 0
+    settings = argparse.Namespace(seed=0, method=method, sampling_steps=8, grad_steps=None)
     drawn = [rsaft.make_plan(settings, step) for step in range(20)]
     assert drawn == [rsaft.make_plan(settings, step) for step in range(20)]
     assert len({*drawn}) > (1 if method != "draft-lv" else 0)
@@ -456,7 +461,8 @@ def test_a_zero_gradient_gives_a_zero_perturbation():
     g[0] = 0
     d = rsaft.sample_perturbation(g, 0.01)
     assert (d[0] == 0).all() and (d[1] != 0).all()
-    assert all((e == 0).all() for e in rsaft.parameter_perturbation([torch.zeros(3), torch.zeros(2, 2)], 0.01))
+    e = rsaft.parameter_perturbation([torch.zeros(3), torch.zeros(2, 2)], 0.01)
+    assert [tensor.tolist() for tensor in e] == [[0, 0, 0], [[0, 0], [0, 0]]]
 
 
 def test_a_parameter_without_gradient_is_named():
@@ -508,7 +514,8 @@ def test_backward_inside_gives_the_gradient_at_the_perturbed_weights_and_a_step_
     assert all(map(torch.equal, params, before))
 
 
-def test_the_reward_of_every_picture_falls_and_for_a_small_radius_as_the_first_order_predicts(pickscore, pictures):
+def test_the_reward_of_every_picture_falls_and_for_a_small_radius_as_the_first_order_predicts(
+        pickscore, pictures):
     images, prompts = pictures
     _, gradient = rsaft.reward_gradient(pickscore, images, prompts)
     for rho in 0.01, 0.1, 1.0:
@@ -531,9 +538,9 @@ def test_the_sharpness_of_a_quadratic_reward_has_its_closed_form():
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 class Toy:
-    """Pictures x0 = factor * theta * xT with a reward -|x0 - target|^2 / 2, in float64: all of Algorithm 1 by hand.
+    """All of Algorithm 1 by hand, in float64: pictures x0 = factor theta xT, reward -|x0 - target|^2 / 2.
 
-    factors: a picture of each prompt for each; code: where rsaft_gradient comes from.
+    factors: a picture of every prompt for each of them; code: where rsaft_gradient comes from.
     """
 
     def __init__(self, micro_batch_size=4, factors=(1.0,), code=rsaft):
@@ -555,8 +562,8 @@ class Toy:
         return -(images - self.target).flatten(1).square().sum(1) / 2
 
     def __call__(self, **settings):
-        log = self.code.rsaft_gradient(self.batches, self.make_starts, self.make_images, self.reward, [self.theta],
-                                       **settings)
+        log = self.code.rsaft_gradient(self.batches, self.make_starts, self.make_images, self.reward,
+                                       [self.theta], **settings)
         return log, self.theta.grad
 
     def by_hand(self, rho, rho_w):
@@ -566,11 +573,11 @@ class Toy:
         def reward(x):
             return -(x - self.target).flatten(2).square().sum(2) / 2
 
-        x0 = theta * by_theta                                         # (pictures of a prompt, prompts, 3, 4, 4)
-        g = self.target - x0                                          # grad_x0 r
+        x0 = theta * by_theta                                # (pictures of a prompt, prompts, 3, 4, 4)
+        g = self.target - x0                                 # grad_x0 r
         norms = g.flatten(2).norm(dim=2)
         d = -rho * g / norms[..., None, None, None]
-        gradient = (g * by_theta).mean((0, 1))                        # grad_theta of the mean reward
+        gradient = (g * by_theta).mean((0, 1))               # grad_theta of the mean reward
         e = -rho_w * gradient / gradient.norm()
         worst = (theta + e) * by_theta + d
         log = {"reward": reward(x0)[0].mean()}
@@ -588,8 +595,8 @@ class Toy:
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
 def test_the_update_is_the_gradient_of_the_joint_objective_and_its_log_has_closed_forms(
         rho, rho_w, micro_batch_size, factors):
-    """With several pictures of a prompt, as in DRaFT-LV, each has its own d, and the gradient and the falls are means
-    over all; `reward` and `worst_reward` are of the first pictures."""
+    """With several pictures of a prompt, as in DRaFT-LV, each has its own d, and gradient and falls are means
+    over all of them; `reward` and `worst_reward` are of the first."""
     toy = Toy(micro_batch_size, factors)
     before, (expected, by_hand) = toy.theta.detach().clone(), toy.by_hand(rho, rho_w)
     log, gradient = toy(rho=rho, rho_w=rho_w)
@@ -635,7 +642,8 @@ def test_both_passes_see_the_same_batches_and_the_second_its_own_starts_unless_t
             seen.append((batch, start))
             return toy.make_images(batch, start)
 
-        rsaft.rsaft_gradient(toy.batches, make_starts, make_images, toy.reward, [toy.theta], 0.1, 0.1, reuse_starts)
+        rsaft.rsaft_gradient(toy.batches, make_starts, make_images, toy.reward, [toy.theta], 0.1, 0.1,
+                             reuse_starts)
         first, second = toy.batches
         assert seen == [*zip([first, second, first, second], "abab" if reuse_starts else "abcd")]
 
@@ -644,15 +652,16 @@ def test_radius_0_is_the_plain_gradient_bit_for_bit(model, params, pickscore):
     plan = rsaft.draft(4, None)
     _, gradients = step_of_algorithm_1(model, params, plan, pickscore, rho=0.0, rho_w=0.0)
     batch, = rsaft.micro_batches(PROMPTS[:4], (0, 0), 4)
-    x0 = model.decode(rsaft.rollout(model.denoiser(batch.prompts), batch.noise("xT", LATENT), model.steps, plan))
+    xT = batch.noise("xT", LATENT)
+    x0 = model.decode(rsaft.rollout(model.denoiser(batch.prompts), xT, model.steps, plan))
     expected = torch.autograd.grad(pickscore(x0, batch.prompts).mean(), params)
     assert total_norm(expected) > 0 and all(map(torch.equal, gradients, expected))
 
 
 @pytest.mark.parametrize("rho, rho_w", [(0.0, 0.0), (0.01, 0.01)])
 def test_splitting_the_batch_changes_nothing_but_rounding(model, params, pickscore, rho, rho_w):
-    results = [step_of_algorithm_1(model, params, rsaft.draft(4, None), pickscore, size=size, rho=rho, rho_w=rho_w)
-               for size in (1, 2, 4)]
+    results = [step_of_algorithm_1(model, params, rsaft.draft(4, None), pickscore, size=size, rho=rho,
+                                   rho_w=rho_w) for size in (1, 2, 4)]
     log, gradients = results[0]
     for other, others in results[1:]:
         assert total_norm(a - b for a, b in zip(gradients, others)) < 1e-3 * total_norm(gradients)
@@ -667,7 +676,7 @@ def test_with_reuse_starts_the_second_rollout_begins_with_the_latents_of_the_fir
     def gradients(reuse_starts, plan=plan):
         return step_of_algorithm_1(model, params, plan, pickscore, rho_w=0.5, reuse_starts=reuse_starts)[1]
 
-    start, = rsaft.sample_starts(model, plan, [batch], 4)             # by hand: at theta, before the second pass
+    start, = rsaft.sample_starts(model, plan, [batch], 4)             # by hand: at theta
     x0, prompts = rsaft.sample_images(model, plan, batch, start)
     at_theta = torch.autograd.grad(pickscore(x0, prompts).mean(), params)
     with rsaft.perturbed(params, rsaft.parameter_perturbation(at_theta, 0.5)):
@@ -690,7 +699,8 @@ def test_a_checkpointed_gradient_is_the_plain_one(model, params, pickscore, meth
             model.network.enable_gradient_checkpointing()
             model.vae.enable_gradient_checkpointing()
         forwards.clear()
-        results.append((*step_of_algorithm_1(model, params, plan, pickscore, rho=0.01, rho_w=0.01), len(forwards)))
+        log, gradients = step_of_algorithm_1(model, params, plan, pickscore, rho=0.01, rho_w=0.01)
+        results.append((log, gradients, len(forwards)))
     (log, gradients, count), (other, others, recomputed) = results
     assert log == {name: pytest.approx(value, rel=1e-5) for name, value in other.items()}
     assert_close(gradients, others, rtol=1e-5, atol=1e-8)
@@ -698,7 +708,7 @@ def test_a_checkpointed_gradient_is_the_plain_one(model, params, pickscore, meth
 
 
 def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(model, params, pickscore):
-    """With K < T the second rollout moves the first T - K steps too, and the reward falls further than predicted."""
+    """With K < T the second rollout moves the first T - K steps too, and the reward falls further."""
     plan = rsaft.draft(4, None, K=4)
     log, _ = step_of_algorithm_1(model, params, plan, pickscore, PROMPTS[:8], 8, rho_w=0.01)
     assert log["sam_norm"] == pytest.approx(0.01, rel=1e-4)
@@ -706,8 +716,8 @@ def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(model,
 
 
 def test_in_bf16_the_fall_under_sam_is_as_predicted_where_it_stands_above_the_rounding(pickscore):
-    """The rounding: how far the reward in bf16 is from that in float32. At the default radius it hides the fall."""
-    logs = []
+    """The rounding: how far the reward in bf16 is from that in float32. It hides the default radius's fall."""
+    """The rounding: how far the reward in bf16 is from that in float32. It hides a fall by the default radius."""
     for dtype in torch.float32, torch.bfloat16:
         model = rsaft.load_model(str(MODEL), 4, 3.0, dtype=dtype)
         params = model.add_adapter(4, torch.Generator().manual_seed(0))
@@ -759,7 +769,7 @@ def test_every_adapter_receives_gradient_after_the_second_update(model, params, 
     optimizer = torch.optim.AdamW(params, lr=1e-3, maximize=True)
     for update in range(2):
         step_of_algorithm_1(model, params, rsaft.draft(4, None), pickscore, rho=rho, rho_w=rho_w)
-        if update == 0 and rho_w == 0:       # B starts at 0, so A's first gradient is 0 (unless sam has moved B)
+        if update == 0 and rho_w == 0:       # B starts at 0, so A's first gradient is 0 (sam moves B)
             assert all((p.grad != 0).any() == (i % 2 == 1) for i, p in enumerate(params))
         optimizer.step()
     assert all((p.grad != 0).any() for p in params)
@@ -786,7 +796,7 @@ def test_a_missing_weight_is_refused_by_name_and_a_surplus_one_is_not(tiny, part
     for change in "surplus", "renamed":
         state["of_another_time"] = state.pop(name) if change == "renamed" else state[name].clone()
         save_file(state, file, metadata={"format": "pt"})
-        with pytest.raises(rsaft.UserError, match=f"lacks 1 weights of a .*{re.escape(tensor)}") if (
+        with pytest.raises(rsaft.UserError, match=re.escape(tensor)) if (
                 change == "renamed") else contextlib.nullcontext():
             rsaft.load_model(str(tiny / "stable-diffusion"))
             rsaft.make_reward("pickscore", tiny)
@@ -854,14 +864,6 @@ def test_pixels_of_the_right_size_are_only_normalised_so_that_every_one_carries_
         assert_close(gradient, (1 / torch.tensor(rsaft.CLIP_STD)).view(1, 3, 1, 1).expand_as(images))
 
 
-def test_a_wide_picture_is_padded_for_hpsv2_and_cropped_for_clip():
-    wide = 0.2 + 0.6 * normal(1, 3, 16, 32).sigmoid()
-    padded, cropped = pixels(wide, 32, pad=True)[0], pixels(wide, 16)[0]
-    assert_close(padded[:, 8:24], wide[0])
-    assert padded[:, :8].abs().max() < 1e-6 and padded[:, 24:].abs().max() < 1e-6
-    assert_close(cropped, wide[0, :, :, 8:24])
-
-
 def test_pickscore_is_the_logit_of_transformers_own_clip(pickscore, pictures):
     from transformers import CLIPModel, CLIPTokenizer
     images, prompts = pictures
@@ -869,8 +871,8 @@ def test_pickscore_is_the_logit_of_transformers_own_clip(pickscore, pictures):
     tokens = CLIPTokenizer.from_pretrained(TINY / "pickscore")(prompts, padding="max_length", max_length=16,
                                                                return_tensors="pt")
     with torch.no_grad():
-        logits = model(input_ids=tokens.input_ids, pixel_values=rsaft.clip_pixels(images, 32)).logits_per_image
-    assert_close(pickscore(images, prompts), logits.diagonal(), rtol=1e-4, atol=1e-3)
+        output = model(input_ids=tokens.input_ids, pixel_values=rsaft.clip_pixels(images, 32))
+    assert_close(pickscore(images, prompts), output.logits_per_image.diagonal(), rtol=1e-4, atol=1e-3)
 
 
 def test_the_rewards_know_what_they_are_shown(pickscore, pictures):
@@ -879,7 +881,8 @@ def test_the_rewards_know_what_they_are_shown(pickscore, pictures):
         assert (reward(images, prompts) > reward(images, prompts[1:] + prompts[:1])).all()
 
 
-def test_the_gradient_of_the_reward_agrees_with_finite_differences_and_its_weights_are_frozen(pickscore, pictures):
+def test_the_gradient_of_the_reward_agrees_with_finite_differences_and_its_weights_are_frozen(
+        pickscore, pictures):
     images, prompts = pictures
     assert not pickscore(images, prompts).requires_grad
     value, gradient = rsaft.reward_gradient(pickscore, images, prompts)
@@ -961,8 +964,9 @@ def apply_head(state, x, prefix=""):
 def imagereward_state(words, width=24, image=32, patch=8):
     """A flat dictionary with the names of ImageReward.pt, one layer in each tower."""
     shapes = {"visual_encoder.cls_token": (1, 1, image), "visual_encoder.pos_embed": (1, 17, image),
-              "visual_encoder.patch_embed.proj.weight": (image, 3, patch, patch), "vision_proj.weight": (8, image),
-              "text_proj.weight": (8, width), "text_encoder.embeddings.word_embeddings.weight": (words, width),
+              "visual_encoder.patch_embed.proj.weight": (image, 3, patch, patch),
+              "vision_proj.weight": (8, image), "text_proj.weight": (8, width),
+              "text_encoder.embeddings.word_embeddings.weight": (words, width),
               "text_encoder.embeddings.position_embeddings.weight": (40, width)}
     linear = {"visual_encoder.blocks.0.attn.qkv": (3 * image, image),
               "visual_encoder.blocks.0.attn.proj": (image, image),
@@ -976,7 +980,8 @@ def imagereward_state(words, width=24, image=32, patch=8):
         linear[f"text_encoder.encoder.layer.0.{attention}.output.dense"] = (width, width)
     norms = {"visual_encoder.norm": image, "visual_encoder.blocks.0.norm1": image,
              "visual_encoder.blocks.0.norm2": image,
-             "text_encoder.embeddings.LayerNorm": width, "text_encoder.encoder.layer.0.output.LayerNorm": width,
+             "text_encoder.embeddings.LayerNorm": width,
+             "text_encoder.encoder.layer.0.output.LayerNorm": width,
              "text_encoder.encoder.layer.0.attention.output.LayerNorm": width,
              "text_encoder.encoder.layer.0.crossattention.output.LayerNorm": width}
     shapes |= {f"{name}.weight": shape for name, shape in linear.items()}
@@ -1002,7 +1007,8 @@ def imagereward_by_hand(state, ids, attention_mask, pixels):
         return F.layer_norm(x, x.shape[-1:], state[f"blip.{name}.weight"], state[f"blip.{name}.bias"], eps)
 
     gelu, v, t = F.gelu, "visual_encoder", "text_encoder"
-    x = F.conv2d(pixels, state[f"blip.{v}.patch_embed.proj.weight"], state[f"blip.{v}.patch_embed.proj.bias"], stride=8)
+    weight, bias = (state[f"blip.{v}.patch_embed.proj.{part}"] for part in ("weight", "bias"))
+    x = F.conv2d(pixels, weight, bias, stride=8)
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([state[f"blip.{v}.cls_token"].expand(len(x), -1, -1), x], 1) + state[f"blip.{v}.pos_embed"]
     y = norm(x, f"{v}.blocks.0.norm1", 1e-6)
@@ -1018,7 +1024,8 @@ def imagereward_by_hand(state, ids, attention_mask, pixels):
         layer = f"{t}.encoder.layer.0.{name}"
         q, k, w = (line(h if part == "query" or keys is None else keys, f"{layer}.self.{part}")
                    for part in ("query", "key", "value"))
-        h = norm(h + line(attend(q, k, w, 12, mask), f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
+        h = h + line(attend(q, k, w, 12, mask), f"{layer}.output.dense")
+        h = norm(h, f"{layer}.output.LayerNorm", 1e-12)
     layer = f"{t}.encoder.layer.0"
     inner = gelu(line(h, f"{layer}.intermediate.dense"))
     h = norm(h + line(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
@@ -1038,18 +1045,20 @@ def originals(tmp_path, monkeypatch):
                for name in ("hpsv2", "hpsv2.1", "imagereward")}
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
                                                *sorted(set(" ".join(PROMPTS).split()))])}
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, hidden_act="gelu")
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16,
+                hidden_act="gelu")
     vision = dict(hidden_size=48, intermediate_size=96, patch_size=8, image_size=32)
     for name in "hpsv2", "hpsv2.1":
         monkeypatch.setitem(loaders[name], "VIT_H", dict(
             text_config={**text, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
             vision_config={**text, **vision}, projection_dim=24))
-    for name, change in {
-            "BLIP_LARGE": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=32,
-                               patch_size=8),
-            "BLIP_TEXT": dict(vocab_size=len(words), hidden_size=24, encoder_hidden_size=32, intermediate_size=48,
-                              num_hidden_layers=1, max_position_embeddings=40)}.items():
-        monkeypatch.setitem(loaders["imagereward"], name, {**loaders["imagereward"][name], **change})
+    monkeypatch.setitem(loaders["imagereward"], "BLIP_LARGE", {
+        **loaders["imagereward"]["BLIP_LARGE"], "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "image_size": 32, "patch_size": 8})
+    monkeypatch.setitem(loaders["imagereward"], "BLIP_TEXT", {
+        **loaders["imagereward"]["BLIP_TEXT"], "vocab_size": len(words), "hidden_size": 24,
+        "encoder_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "max_position_embeddings": 40})
     clips = {}
     for name, file in ("hpsv2", "HPS_v2_compressed.pt"), ("hpsv2.1", "HPS_v2.1_compressed.pt"):
         clips[name] = OpenClip(len(tokenizer), 16).eval()
@@ -1133,17 +1142,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(originals):
     assert not (originals[0] / "was_here").exists()
 
 
-def test_a_wide_picture_is_padded_for_hpsv2_and_cropped_for_clip():
-    wide = 0.2 + 0.6 * normal(1, 3, 16, 32).sigmoid()
-    mean, std = torch.tensor([rsaft.CLIP_MEAN, rsaft.CLIP_STD])[..., None, None]
-    padded = (rsaft.clip_pixels(wide, 32, pad=True) * std + mean)[0]
-    cropped = (rsaft.clip_pixels(wide, 16) * std + mean)[0]
-    assert_close(padded[:, 8:24], wide[0])
-    assert padded[:, :8].abs().max() < 1e-6 and padded[:, 24:].abs().max() < 1e-6
-    assert_close(cropped, wide[0, :, :, 8:24])
-
-
-# ---- Random numbers by name ----------------------------------------------------------------------------------------
+# ---- Random numbers by name --------------------------------------------------------------------------------
 
 def test_the_noise_of_a_sample_depends_on_its_name_alone():
     whole, = rsaft.micro_batches(PROMPTS[:6], (7, 3), 6)
@@ -1151,9 +1150,9 @@ def test_the_noise_of_a_sample_depends_on_its_name_alone():
     xT = whole.noise("xT", LATENT)
     assert torch.equal(torch.cat([part.noise("xT", LATENT) for part in parts]), xT)
     assert sum((part.prompts for part in parts), []) == whole.prompts
-    assert len({tuple(sample.flatten().tolist()) for sample in xT}) == 6               # each sample has its own
-    others = [whole.noise("gaussian 0", LATENT), rsaft.micro_batches(PROMPTS[:6], (7, 4), 6)[0].noise("xT", LATENT),
-              rsaft.micro_batches(PROMPTS[:6], (8, 3), 6)[0].noise("xT", LATENT), xT.roll(1, 0)]
+    assert len({tuple(sample.flatten().tolist()) for sample in xT}) == 6          # each sample has its own
+    others = [rsaft.micro_batches(PROMPTS[:6], name, 6)[0].noise("xT", LATENT) for name in ((7, 4), (8, 3))]
+    others += [whole.noise("renoise 0", LATENT), xT.roll(1, 0)]
     assert not any(torch.equal(other, xT) for other in others)
 
 
@@ -1165,18 +1164,17 @@ def test_every_prompt_is_used_once_before_any_comes_again():
     assert drawn[0] == rsaft.training_prompts(PROMPTS, 0, 0, 24) != rsaft.training_prompts(PROMPTS, 1, 0, 24)
 
 
-# ---- The small world -----------------------------------------------------------------------------------------------
+# ---- The small world ---------------------------------------------------------------------------------------
 
-def test_the_oracle_knows_real_pictures_from_others(pictures):
-    import world
+def test_the_oracle_knows_real_pictures_from_others(pictures, world):
     images, prompts = pictures
     real, wrong = world.oracle(images, prompts), world.oracle(images, prompts[1:] + prompts[:1])
-    assert (real["accuracy"] == 1).all() and (real["rmse"] < 0.07).all() and (wrong["rmse"] > real["rmse"]).all()
+    assert (real["accuracy"] == 1).all() and (real["rmse"] < 0.07).all()
+    assert (wrong["rmse"] > real["rmse"]).all()
     assert (world.oracle(0.8 * images, prompts)["rmse"] > real["rmse"]).all()     # paler is worse
 
 
-def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(pictures):
-    import world
+def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(pictures, world):
     images, _ = pictures
     distances = world.distances(images[:2])
     for caption in 0, 29, 71:
@@ -1184,4 +1182,5 @@ def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(picture
         color, ground = world.PALETTE[pair][..., None, None, None].movedim(1, -3).unbind(0)
         clean = ground + (color - ground) * world.templates()[shape].view(-1, 1, 32, 32)
         for image, distance in zip(images, distances[:, caption]):
-            assert_close(distance, (clean - image).square().mean((1, 2, 3)).sqrt().min(), rtol=1e-3, atol=1e-4)
+            nearest = (clean - image).square().mean((1, 2, 3)).min().sqrt()
+            assert_close(distance, nearest, rtol=1e-3, atol=1e-4)

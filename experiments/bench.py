@@ -1,20 +1,22 @@
 """What an update costs: seconds and peak memory, RSA-FT's variants beside plain fine-tuning and beside TRL.
 
-    python experiments/bench.py --trl trl/bin/python             # the small world; 12 minutes on 2 CPU cores
-    python experiments/bench.py --size sd15 --models full        # Stable Diffusion 1.5, made by full_size.py: for a GPU
+    python experiments/bench.py --trl trl/bin/python        # the small world; 12 minutes on 2 CPU cores
+    python experiments/bench.py --size sd15 --models full   # Stable Diffusion 1.5, made by full_size.py: for a GPU
 
-DRaFT-1 in 50 sampling steps, rank 4, the same model, prompts, batch, guidance and reward for all. Each row is a process
-of its own, so that its peak memory is its own; all rows are run in turn, --rounds times, so that a change in the
-machine's speed meets all of them. Of each process the median over its updates counts, without the first one; printed is
-the median over the rounds, and the range.
+DRaFT-1 in 50 sampling steps, rank 4, the same model, prompts, batch, guidance and reward for all. Each row is a
+process of its own, so that its peak memory is its own: on CUDA what torch took there, elsewhere the process's. All
+rows are run in turn, --rounds times, so that a change in the machine's speed meets all of them. Of each process the
+median over its updates counts, without the first one; printed is the median over the rounds, and the range.
 
 TRL's AlignPropTrainer (trl 0.23.1 is the last release that has it) needs an environment of its own:
 
     python -m venv trl
-    trl/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 trl==0.23.1
+    trl/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
+    trl/bin/pip install peft==0.21.2 accelerate==1.15.0 trl==0.23.1
 
-It runs with eta 0 and without mixed precision, as rsaft.py does; its LoRA rank is 4, which can't be set. It checkpoints
-the gradient of the UNet, which its configuration can't turn off either: a second row does that from outside.
+It runs with eta 0 and without mixed precision, as rsaft.py does; its LoRA rank is 4, which can't be set. It
+checkpoints the gradient of the UNet, which its configuration can't turn off either: a second row does that from
+outside.
 """
 import argparse
 import functools
@@ -35,8 +37,8 @@ sys.path.insert(0, str(HERE))
 import rsaft  # noqa: E402, found through the line above
 
 T, BOTH, WINDOW = 50, ["--sam", "--noise"], ["--sam-rollout", "window"]
-ROWS = {"plain": [], "noise": ["--noise"], "sam, full": ["--sam"], "sam, window": ["--sam", *WINDOW], "both, full": BOTH,
-        "both, window": [*BOTH, *WINDOW], "TRL": ["trl"], "TRL, no checkpointing": ["trl", "off"]}
+ROWS = {"plain": [], "noise": ["--noise"], "sam, full": ["--sam"], "sam, window": ["--sam", *WINDOW],
+        "both, full": BOTH, "both, window": [*BOTH, *WINDOW], "TRL": ["trl"], "TRL, no checkpointing": ["trl", "off"]}
 
 
 def flags(options):
@@ -44,26 +46,36 @@ def flags(options):
     size = ["--tiny"] if options.size == "tiny" else [
         "--model", str(Path(options.models, "stable-diffusion")), "--models", options.models, "--batch-size", "4",
         "--micro-batch-size", "4"]
-    return [*size, "--sampling-steps", str(T), "--rank", "4", "--train-steps", str(options.updates), "--eval-every", "0",
-            "--checkpoint-every", "0", "--eval-reward"]
+    return [*size, "--sampling-steps", str(T), "--rank", "4", "--train-steps", str(options.updates),
+            "--eval-every", "0", "--eval-reward"]
+
+
+def child(*command):
+    """Run a command as a process of its own. Returns what it printed, and its peak memory in GiB."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return printed, usage.ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 def ours(options, row):
     """One run of rsaft.py. Returns (seconds of each update, peak GiB, network evaluations of the last update)."""
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, HERE / "rsaft.py", *flags(options), *ROWS[row], "--out", out], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, peak = child(sys.executable, HERE / "rsaft.py", *flags(options), *ROWS[row], "--out", out)
         log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     evaluations = [log[-1][f"network_evaluations_{kind}_gradient"] for kind in ("without", "with")]
-    return [record["seconds"] for record in log], log[-1]["peak_gb"], evaluations
+    return [record["seconds"] for record in log], log[-1].get("peak_gb", peak), evaluations
 
 
 def trl(options, row):
     """The same of TRL's trainer, in its own environment."""
-    result = subprocess.run([options.trl, __file__, "--size", options.size, "--models", options.models, "--updates",
-                             str(options.updates), "--as-trl", row], check=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    printed, peak = child(options.trl, __file__, "--size", options.size, "--models", options.models, "--updates",
+                          str(options.updates), "--as-trl", row)
+    seconds, peak_gb, evaluations = json.loads(printed.splitlines()[-1])
+    return seconds, peak_gb or peak, evaluations
 
 
 def as_trl(options):
@@ -79,8 +91,9 @@ def as_trl(options):
     config = AlignPropConfig(
         sample_num_steps=T, sample_eta=0.0, sample_guidance_scale=settings.guidance_scale, mixed_precision="no",
         allow_tf32=False, train_batch_size=micro_batch_size, train_learning_rate=settings.learning_rate,
-        train_gradient_accumulation_steps=settings.batch_size // micro_batch_size, truncated_backprop_rand=False,
-        truncated_backprop_timestep=T - 1, train_max_grad_norm=settings.max_grad_norm, save_freq=10 ** 9)
+        train_gradient_accumulation_steps=settings.batch_size // micro_batch_size, save_freq=10 ** 9,
+        truncated_backprop_rand=False, truncated_backprop_timestep=T - 1,
+        train_max_grad_norm=settings.max_grad_norm)
     pipeline = DefaultDDPOStableDiffusionPipeline(settings.model, use_lora=True)
     if ROWS[options.as_trl][-1] == "off":
         pipeline.rgb_with_grad = functools.partial(pipeline.rgb_with_grad, gradient_checkpoint=False)
@@ -98,7 +111,8 @@ def as_trl(options):
         trainer.step(update, update)
         seconds.append(time.perf_counter() - began)
     assert not any(map(torch.equal, before, trainer.trainable_layers)), "TRL trained nothing"
-    print(json.dumps([seconds, rsaft.peak_gb(device), evaluations]))
+    peak_gb = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
+    print(json.dumps([seconds, peak_gb, evaluations]))
 
 
 def machine():
@@ -134,13 +148,14 @@ def main():
 
     plain = seconds["plain"]
     print(f"{machine()}; --size {options.size}, {options.rounds} rounds of {options.updates} updates\n")
-    print("| | seconds, plain = 1 | range | memory, plain = 1 | seconds an update | peak GiB | network evaluations "
-          "without, with gradient |\n" + "| --- " * 7 + "|")
+    print("| | seconds, plain = 1 | range | memory, plain = 1 | seconds an update | peak GiB | network "
+          "evaluations without, with gradient |\n" + "| --- " * 7 + "|")
     for row in rows:
         ratios = [a / b for a, b in zip(seconds[row], plain)]
         peak, base = statistics.median(memory[row]), statistics.median(memory["plain"])
-        print(f"| {row} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {peak / base:.2f} "
-              f"| {statistics.median(seconds[row]):.2f} | {peak:.2f} | {evaluations[row][0]}, {evaluations[row][1]} |")
+        without, with_gradient = evaluations[row]
+        print(f"| {row} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | "
+              f"{peak / base:.2f} | {statistics.median(seconds[row]):.2f} | {peak:.2f} | {without}, {with_gradient} |")
     if not options.trl:
         print("\nTRL: not run, --trl needs the python of an environment with it; --help gives the commands")
 

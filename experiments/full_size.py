@@ -3,8 +3,8 @@
     python experiments/full_size.py DIR
     python rsaft.py --model DIR/stable-diffusion --models DIR --reward pickscore --sam --noise
 
-makes Stable Diffusion 1.5 and PickScore (CLIP ViT-H/14) in their own shapes, 7.5 GB. The pictures are noise; time,
-memory and the flow of the gradient are those of the real models. The tokenizers are those of tiny/.
+makes Stable Diffusion 1.5 and PickScore (CLIP ViT-H/14) in their own shapes, 7.5 GB. The pictures are noise;
+time, memory and the flow of the gradient are those of the real models. The tokenizers are those of tiny/.
 """
 import shutil
 import sys
@@ -32,14 +32,16 @@ def stable_diffusion():
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                               skip_prk_steps=True)
-    scheduler.register_to_config(clip_sample=False)   # not PNDM's own setting, but the hub's file has it, for DDIM
-    return StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    scheduler.register_to_config(clip_sample=False)   # not PNDM's own, but the hub's file has it, for DDIM
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
 
 
 def pickscore():
     """The shapes of PickScore_v1, a CLIP ViT-H/14."""
-    return CLIPModel(CLIPConfig(**rsaft.VIT_H, logit_scale_init_value=4.6))
+    shape = rsaft.import_file(rsaft.HERE / "rewards" / "hpsv2.py").VIT_H
+    return CLIPModel(CLIPConfig(**shape, logit_scale_init_value=4.6))
 
 
 if __name__ == "__main__":

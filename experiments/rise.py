@@ -1,8 +1,9 @@
 """Does every method raise its training reward, plain and with each perturbation? `python experiments/rise.py`
 
-20 short runs on the small world with one seed, about five minutes on 2 CPU cores. Prints the training reward (pickscore)
-of the fixed evaluation pictures before and after each, and ends with exit code 1 unless all have risen. This shows that
-the gradients point uphill, not that one method is better than another: the runs are short and there is one seed.
+20 short runs on the small world with one seed, about five minutes on 2 CPU cores. Prints the training reward
+(pickscore) of the fixed evaluation pictures before and after each, and ends with exit code 1 unless all have risen.
+This shows that the gradients point uphill, not that one method is better than another: the runs are short and there
+is one seed.
 """
 import contextlib
 import io
@@ -14,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rsaft  # noqa: E402, found through the line above
 
-SETTINGS = ["--tiny", "--reward", "pickscore", "--sampling-steps", "6", "--batch-size", "16", "--train-steps", "14",
-            "--eval-every", "14", "--eval-images", "72", "--learning-rate", "4e-3", "--eval-reward"]
+SETTINGS = ["--tiny", "--reward", "pickscore", "--sampling-steps", "6", "--batch-size", "16", "--train-steps",
+            "14", "--eval-every", "14", "--eval-images", "72", "--learning-rate", "4e-3", "--eval-reward"]
 PERTURBATIONS = {"plain": [], "noise": ["--noise"], "sam": ["--sam"], "both": ["--noise", "--sam"]}
 
 
@@ -25,7 +26,8 @@ def main():
     for method in rsaft.METHODS:
         for name, flags in PERTURBATIONS.items():
             with tempfile.TemporaryDirectory() as out:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+                errors = io.StringIO()
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                     code = rsaft.main([*SETTINGS, *flags, "--method", method, "--out", out])
                 if code:
                     print(errors.getvalue())

@@ -6,7 +6,8 @@
     python experiments/study.py --report          # no runs: tables and figures from what study.csv has
     python experiments/study.py --quick           # the same in small, in a temporary folder: does it still work?
 
-Every run is a command line of rsaft.py, so any row of study.csv can be made again by hand, on one machine bit for bit.
+Every run is a command line of rsaft.py, or of gdro.py, crd.py, random_directions.py, so any row of study.csv can be
+made again by hand, on one machine bit for bit (random directions, and adapters that were scaled, but for rounding).
 A study that was killed goes on when its command is repeated: a run whose rows are in study.csv is not run again. What
 is in the tables below was written down before the reported runs: parts, seeds, radii, rates, levels, measures. (The
 levels of "brittle" while they ran, unseen; those of "breadth", which are the primary's, when its pilot and two of its
@@ -46,13 +47,17 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("", "tiny", "related")]
-import crd  # noqa: E402, found through the line above, as the next two are
+import crd  # noqa: E402, found through the line above, as gdro and rsaft are
 import gdro  # noqa: E402
+import random_directions  # noqa: E402
 import rsaft  # noqa: E402
+
+rewards = rsaft.import_file(HERE / "study_rewards.py")      # the module that the runs get by FILE.py:FUNCTION
 
 
 # ---- What is run: all of it fixed before the reported runs -----------------------------------------------------------
@@ -70,7 +75,8 @@ HACKED = 0.05            # a run is hacked if its last oracle accuracy is furthe
 SCALES = (0.25, 0.5, 0.75)                             # of the adapter, after training
 
 SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images", str(PICTURES),
-            "--train-steps", str(UPDATES), "--checkpoint-every", "0"]
+            "--train-steps", str(UPDATES), "--eval-reward", f"{HERE / 'study_rewards.py'}:judge",
+            *rsaft.TINY["eval_reward"][1:]]
 
 # At the paper's radii of 0.01 this reward falls by 1.5 percent (noise) and 0.3 percent (sam). A full-size one falls by
 # about 0.3 percent, by a rough estimate; for noise that is 0.002 here.
@@ -79,12 +85,12 @@ CONFIGURATIONS = {
     **{f"noise {rho}": f"--noise {rho}" for rho in (0.002, 0.01, 0.3)},
     **{f"sam {rho}": f"--sam {rho}" for rho in (0.01, 0.03, 0.5)},
     "both 0.01": "--noise 0.01 --sam 0.01",            # the paper's radii
-    "gaussian": f"--noise {RHO} --noise-type gaussian", "window": f"--sam {RHO_W} --sam-rollout window",
-    "two proxies": "--models {worlds}/second --reward pickscore=0.5 second=0.5",
+    "gaussian": f"--noise {RHO}", "window": f"--sam {RHO_W} --sam-rollout window",
+    "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
     "twice as long": "", "gdro": "", "crd": "",
 }
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's: their defaults
-PROGRAMS = {"gdro": gdro, "crd": crd}                          # all others are runs of rsaft.py
+PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}     # all others are runs of rsaft.py
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}     # gdro's and crd's are their defaults here too
 WORLDS = {"tiny": "", "again": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
@@ -119,7 +125,7 @@ PARTS = {  # nothing was chosen on these seeds
     "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
                    range(206, 214), ("plain", "both", "two proxies", "twice as long")),
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
-                   tuple(name for name in CONFIGURATIONS if name not in ("two proxies", "twice as long", *PROGRAMS))),
+                   tuple(name for name in CONFIGURATIONS if name not in ("two proxies", *LONGER))),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
                    range(400, 408), TWO, world="strong"),
     "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (1.0, 1.5), range(400, 408),
@@ -149,6 +155,11 @@ COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", 
            *MEASURES, "seconds", "alarm")
 
 
+def split_flags(text, worlds):
+    """The words of WORLDS or CONFIGURATIONS; `worlds` is the folder of the worlds that only the study has."""
+    return [word.format(worlds=worlds, here=HERE) for word in text.split()]
+
+
 @dataclass(frozen=True)
 class Job:
     """One run. Its fields are columns of study.csv."""
@@ -160,12 +171,12 @@ class Job:
 
     @property
     def program(self):
-        """The module whose `main` does it."""
+        """The module whose `main` does it, and whose `parse` has its settings."""
         return PROGRAMS.get(self.configuration, rsaft)
 
     def flags(self, settings, worlds):
         """The command line; what stands later wins."""
-        own = f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}".format(worlds=worlds).split()
+        own = [*split_flags(WORLDS[self.world], worlds), *split_flags(CONFIGURATIONS[self.configuration], worlds)]
         own += ["--method", self.method] if self.program is rsaft else []
         steps = round(LONGER.get(self.configuration, 1) * rsaft.parse(settings).train_steps)
         return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed), "--train-steps", str(steps),
@@ -214,46 +225,43 @@ def build_world(name, folder, steps=None):
 
 # ---- One run, measured -----------------------------------------------------------------------------------------------
 
-EMBEDDINGS = []          # of all pictures that this process's judge has scored, in order, since they were last cleared
-
-
-def watched_judge(files, device):
-    """rsaft.py's judge, which leaves the image embeddings that it computes in EMBEDDINGS."""
-    model = rsaft.load_clip(files)
-    model.visual_projection.register_forward_hook(lambda module, inputs, output: EMBEDDINGS.append(output.detach()))
-    return rsaft.clip_reward(model, files, device, model.logit_scale.exp().item())
-
-
-FILES = rsaft.REWARDS["judge"][1]
-REWARDS = {"judge": (watched_judge, FILES), "second": (rsaft.pickscore, FILES)}     # what runs find under these names
-
-
-def command(program, *flags):
-    """Run rsaft, gdro or crd with `flags` in this process, leaving its EMBEDDINGS. Raises RuntimeError if it fails."""
-    EMBEDDINGS.clear()
-    with quiet() as errors:
-        code = program.main([*flags, "--device", "cpu"])
-    if code:
-        raise RuntimeError(errors.getvalue().strip()[-300:])
+def load_watched(flags):
+    """What rsaft.load makes of a command line, with the embeddings of no picture yet but the one it is tried with."""
+    rewards.EMBEDDINGS.clear()
+    with quiet():
+        return rsaft.load(rsaft.check(rsaft.parse([*flags, "--device", "cpu"])))
 
 
 @functools.cache
 def base_embeddings(flags):
     """Embeddings of as many pictures of the base model as an evaluation has, with the same prompts and other noise."""
-    config = rsaft.parse(flags)
-    EMBEDDINGS.clear()
-    with quiet():
-        rsaft.Run(replace(config, eval_images=2 * config.eval_images)).evaluate()
-    return torch.cat(EMBEDDINGS)[-config.eval_images:]
+    count = rsaft.parse(flags).eval_images
+    load_watched([*flags, "--eval-images", str(2 * count)]).evaluation()
+    return torch.cat(rewards.EMBEDDINGS)[-count:]
 
 
-def measured(config, evaluations, base):
-    """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the EMBEDDINGS that they left."""
-    prompts = torch.arange(len(base)) % len(rsaft.read_prompts(config.eval_prompts or config.prompts))   # in turn
-    pictures = torch.cat(EMBEDDINGS)[-len(base) * len(evaluations):]   # before them a random one, to try the judge out
+def measured(settings, evaluations, base):
+    """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the embeddings that they left."""
+    prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))   # in turn
+    # Before them are those of the random picture with which the judge was tried out.
+    pictures = torch.cat(rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
     return [{"alarm": False, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
              "kid": kid(x, base, prompts)}
             for scores, x in zip(evaluations, pictures.split(len(base)), strict=True)]
+
+
+def scaled_evaluations(flags, folder):
+    """Scores of the adapter in `folder`, [{name: mean}] with the base model's first, then those at SCALES; no S1."""
+    loaded, saved, evaluations = load_watched(flags), load_file(Path(folder, rsaft.ADAPTER)), []
+    loaded.model.add_adapter(rsaft.parse(flags).rank, None)
+    loaded.evaluation.s1_radius = None
+    for scale in 0.0, *SCALES:
+        with torch.no_grad():
+            for name, p in loaded.model.adapter().items():
+                p.copy_(scale * saved[name] if ".lora_B." in name else saved[name])     # the change is linear in B
+        values, _ = loaded.evaluation()
+        evaluations.append({name: value.mean().item() for name, value in values.items()})
+    return evaluations
 
 
 def perform(job, settings, worlds, out):
@@ -262,16 +270,20 @@ def perform(job, settings, worlds, out):
     After a plain DRaFT-1 run in `tiny` its adapter is also judged at the other SCALES, as the configuration "scaled";
     the step of such a row is the scale's share of the updates, and the run's own first and last row complete them.
     """
-    rsaft.REWARDS.update(REWARDS)
+    rewards.WORLDS = worlds
     flags = job.flags(settings, worlds)
-    config = rsaft.parse(flags, job.program.Config, job.program.TINY)
-    base = base_embeddings((*settings, *WORLDS[job.world].format(worlds=worlds).split()))
+    parsed = job.program.parse(flags)
+    base = base_embeddings((*settings, *split_flags(WORLDS[job.world], worlds)))
     spent = {"seconds": 0.0, "network_evaluations": 0}
     if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
         flags += ["--data", f"{out}/groups"]
-        spent["network_evaluations"] = len(rsaft.read_prompts(config.prompts)) * config.pictures * (
-            2 * config.sampling_steps)
-    command(job.program, *flags, "--out", f"{out}/run")
+        spent["network_evaluations"] = len(rsaft.read_prompts(parsed.prompts)) * parsed.pictures * (
+            2 * parsed.sampling_steps)
+    rewards.EMBEDDINGS.clear()
+    with quiet() as errors:
+        code = job.program.main([*flags, "--device", "cpu", "--out", f"{out}/run"])
+    if code:
+        raise RuntimeError(errors.getvalue().strip()[-300:])
     evaluations = []
     for record in map(json.loads, Path(out, "run", "log.jsonl").read_text().splitlines()):
         spent["seconds"] += record.get("seconds", 0)
@@ -279,13 +291,11 @@ def perform(job, settings, worlds, out):
                                             for kind in ("with", "without"))
         if "eval" in record:
             evaluations.append({**record, **spent})
-    rows = {job.configuration: measured(config, evaluations, base)}
+    rows = {job.configuration: measured(parsed, evaluations, base)}
     if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):
-        command(rsaft, "--evaluate", f"{out}/run", "--lora-scale", *map(str, SCALES), "--eval-reward", "pickscore",
-                *config.eval_reward, "--out", f"{out}/scales")
-        scaled = [json.loads(line) for line in Path(out, "scales", "log.jsonl").read_text().splitlines()]
-        scaled = [{**scores, "step": round(scores["lora_scale"] * config.train_steps), **spent} for scores in scaled]
-        rows["scaled"] = [*measured(config, scaled, base), rows["plain"][-1]]
+        scaled = [{**scores, "step": round(scale * parsed.train_steps), **spent}
+                  for scale, scores in zip((0.0, *SCALES), scaled_evaluations(flags, f"{out}/run"), strict=True)]
+        rows["scaled"] = [*measured(parsed, scaled, base), rows["plain"][-1]]
     return rows
 
 
@@ -321,7 +331,7 @@ def write_rows(path, runs):
         for row in runs[job]:
             cells = {name: f"{value:.6g}".replace("nan", "") for name, value in row.items() if isinstance(value, float)}
             writer.writerow({**row, **cells, **vars(job)})
-    rsaft.write_whole(path, text.getvalue().encode())
+    rsaft.write_atomic(path, text.getvalue().encode())
 
 
 def start_worker():

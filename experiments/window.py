@@ -1,16 +1,17 @@
-"""How far the update of --sam-rollout window is from that of the full second rollout: about 20 minutes with one thread.
+"""How far the update of --sam-rollout window is from that of the full second rollout: 20 minutes with one thread.
 
     python experiments/window.py
 
-In the small world, for each of the five methods: plain training (seed 0, the settings of --tiny), and after 0, 10, 20,
-30 and 40 updates, from the same weights, prompts and noise, the three gradients of one update: plain, --sam with the
-full second rollout, --sam with the window. Printed are, for each method and radius, the lowest and the highest cosine
+In the small world, for each of the five methods: plain training (seed 0, the settings of --tiny), and after 0, 10,
+20, 30 and 40 updates, from the same weights, prompts and noise, the three gradients of one update: plain, --sam
+with the full second rollout, --sam with the window. Printed are, for each method and radius, the lowest and the
+highest cosine
 
     of the two updates         full . window
     of the two corrections     (full - plain) . (window - plain)
 
-A window leaves out what the moved weights do to the steps before the first one with gradient. Where all steps carry a
-gradient, as in AlignProp with K = T, the two are the same update.
+A window leaves out what the moved weights do to the steps before the first one with gradient. Where all steps carry
+a gradient, as in AlignProp with K = T, the two are the same update.
 """
 import sys
 from functools import partial
@@ -27,16 +28,18 @@ RADII, MEASURED_AT = (0.01, 0.1, 0.5), (0, 10, 20, 30, 40)
 
 def cosines(method):
     """{radius: [(cosine of the updates, cosine of the corrections) at each point of the training]}."""
-    config = rsaft.parse(["--tiny", "--method", method, "--eval-reward"])
-    run = rsaft.Run(config)
-    params = rsaft.add_lora(run.pipe.unet, config.rank, rsaft.named_generator(config.seed, "lora"))
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay, maximize=True)
+    settings = rsaft.check(rsaft.parse(["--tiny", "--device", "cpu", "--method", method, "--eval-reward"]))
+    model, scores, prompts, _ = rsaft.load(settings)
+    params = model.add_adapter(settings.rank, rsaft.named_generator(settings.seed, "lora"))
+    optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay, maximize=True)
 
     def gradient(step, rho_w=0.0, window=False):
-        prompts = rsaft.training_prompts(run.prompts, config.seed, step, config.batch_size)
-        batches = rsaft.micro_batches(prompts, (config.seed, step), run.micro_batch_size)
-        plan = rsaft.METHODS[method](config.sampling_steps, rsaft.named_generator(config.seed, step, "plan"))
-        rsaft.rsaft_gradient(batches, partial(run.generate, plan=plan), run.reward, params, rho_w=rho_w, window=window)
+        chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
+        batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
+        plan = rsaft.make_plan(settings, step)
+        rsaft.rsaft_gradient(batches, partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size),
+                             partial(rsaft.sample_images, model, plan), scores.total, params, rho_w=rho_w,
+                             reuse_starts=window)
         return torch.cat([p.grad.flatten() for p in params])
 
     measured = {rho_w: [] for rho_w in RADII}
@@ -48,7 +51,7 @@ def cosines(method):
                 pairs.append((F.cosine_similarity(full, window, dim=0).item(),
                               F.cosine_similarity(full - plain, window - plain, dim=0).item()))
         gradient(step)
-        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
         optimizer.step()
     return measured
 
@@ -59,7 +62,7 @@ def main():
         for rho_w, pairs in cosines(method).items():
             columns = ["{:.3f} to {:.3f}".format(min(column), max(column)) for column in zip(*pairs)]
             rows.append(f"| `{method}` | {rho_w} | {columns[0]} | {columns[1]} |")
-    print("\n| method | rho_w | cosine of the updates | cosine of the corrections |\n| --- | --- | --- | --- |")
+    print("\n| method | rho_w | cosine of the updates | cosine of the corrections |\n" + "| --- " * 4 + "|")
     print("\n".join(rows))
 
 

@@ -7,8 +7,7 @@ DDIM rollout: as much as one of five published methods does, DRaFT-1 by default 
     max_theta  E_{c, xT} [ r( x0(xT, c; theta), c ) ]                                   (Eq. 4)
 
 Where the reward's surface is steep, pictures get a higher score without getting better: reward hacking.
-RSA-FT follows the gradient of a flattened reward instead, at the worst nearby picture and the worst nearby
-weights:
+RSA-FT follows the gradient of a flattened reward instead, that of the worst nearby picture and weights:
 
     d = -rho   grad_x0 r    / |grad_x0 r|        one per picture              --noise   (Eq. 15)
     e = -rho_w grad_theta r / |grad_theta r|     one for all trained weights  --sam     (Eq. 17)
@@ -93,8 +92,7 @@ def ddim_steps(scheduler, sampling_steps):
         raise ValueError(f"the scheduler's spacing can't make {sampling_steps} steps; take another number")
     steps = []
     for t in scheduler.timesteps.tolist():
-        # Trap: the next alpha is read a T-th of the schedule further on, not at the next of `timesteps`,
-        # which may differ.
+        # Trap: the next alpha is read a T-th of the schedule further on; the next of `timesteps` may differ.
         t_next = t - config.num_train_timesteps // sampling_steps
         squared = float(scheduler.alphas_cumprod[t])
         after = scheduler.alphas_cumprod[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod
@@ -121,8 +119,7 @@ class Plan:
 
     grad: for each step that is taken, whether the network's output carries a gradient. It may be shorter than
     the schedule: the rollout then stops early. predict_x0: the last step taken jumps to its prediction of x0.
-    detach_input: no gradient through what the network is given. renoised: DRaFT-LV's number of extra
-    pictures.
+    detach_input: no gradient through the network's input. renoised: DRaFT-LV's number of extra pictures.
     """
     grad: tuple
     predict_x0: bool = False
@@ -165,16 +162,15 @@ def alignprop(T, rng, K=None):
 
 
 def refl(T, rng, K=None):
-    """ReFL (arXiv 2304.05977): up to a random step of the last quarter, which carries the gradient and
-    predicts x0."""
+    """ReFL (arXiv 2304.05977): up to a random step of the last quarter, with gradient, which predicts x0."""
     first = 3 * T // 4
     return Plan(last_steps(draw(rng, first, T - 1) + 1, K or 1, first + 1), predict_x0=True)
 
 
 def drtune(T, rng, K=None):
     """DRTune (arXiv 2405.00760): K = T/10 evenly spaced steps up to a random stop in the last 40 percent,
-    where x0 is predicted. The network's input is detached: the gradient flows through the sampler's
-    arithmetic alone."""
+    where x0 is predicted. The gradient flows through the sampler's arithmetic alone: the input is
+    detached."""
     first = T - math.ceil(0.4 * T)
     taken, K = draw(rng, first, T - 1) + 1, K or max(1, round(T / 10))
     last_steps(taken, K, first + 1)      # for its check alone
@@ -192,7 +188,7 @@ def rollout(denoise, x, steps, plan, first=0, stop=None):
 
     denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT, or the
     latents that step `first` begins with; steps: list of Step; stop: the step before which to stop, by
-    default the plan's own. Returns the final latents, (B, C, h, w), with a graph through the steps of
+    default the plan's own. Returns the last latents, (B, C, h, w), with a graph through the steps of
     `plan.grad`.
     """
     for i in range(first, len(plan.grad) if stop is None else stop):
@@ -214,15 +210,12 @@ def renoise(denoise, x0, step, noise):
 def network_evaluations(plan, branches=2, second_rollout=False, reuse_starts=False):
     """The UNet evaluations that a picture costs: (without gradient, with gradient).
 
-    branches: network evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient,
-    the first of those at index w, and n renoised pictures these are branches (S - K) and branches (K + n). A
-    second rollout costs the same again; where it reuses the first one's starts, branches (S - K - w) and (K +
-    n).
+    branches: evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient, the
+    first at index w, and n renoised pictures: branches (S - K) and branches (K + n). A second rollout costs
+    the same once more, but where it reuses the starts of the first one branches w less.
     """
     S, K = len(plan.grad), sum(plan.grad)
-    again = 0
-    if second_rollout:
-        again = S - K - (plan.first_grad_step if reuse_starts else 0)
+    again = S - K - (plan.first_grad_step if reuse_starts else 0) if second_rollout else 0
     return branches * (S - K + again), branches * (K + plan.renoised) * (1 + second_rollout)
 
 
@@ -290,8 +283,8 @@ def sample_images(model, plan, batch, start):
 # ---- The reward's gradient, and the two perturbations ------------------------------------------------------
 # A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32, and B
 # prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about 1e-5. A bfloat16 picture
-# plus d is that picture again, and a norm that was computed in bfloat16 is 10 to 30 percent off. So halves
-# are made float32 here.
+# plus d is that picture again, and a norm computed in bfloat16 is 10 to 30 percent off. So halves are made
+# float32 here.
 
 def at_least_float32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -328,8 +321,7 @@ def parameter_perturbation(gradients, rho):
 
     gradients: list of tensors, the REWARD's gradient over the WHOLE batch: negate where .grad is a loss's,
     else e is the best nearby point. rho: the global L2 norm of e, in units of the parameters. Returns a list
-    of tensors of the same shapes; all zero if the gradient is. Raises ValueError for a parameter without
-    gradient.
+    of tensors of the same shapes; all zero if the gradient is. Raises ValueError where a gradient is None.
     """
     missing = [i for i, gradient in enumerate(gradients) if gradient is None]
     if missing:
@@ -341,8 +333,7 @@ def parameter_perturbation(gradients, rho):
 
 @contextlib.contextmanager
 def perturbed(params, epsilons):
-    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, whatever
-    happens.
+    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, in any case.
 
     Backward belongs inside (gradient checkpointing would silently recompute at theta), the optimizer's step
     outside: what it does inside is undone. Yields the displacements reached, after rounding. Adding and then
@@ -370,11 +361,9 @@ def reward_sharpness(reward, images, prompts, rho):
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, rho_w=0.0, reuse_starts=False):
-    """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), in `params`'
-    .grad.
+    """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in p.grad.
 
-    It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain gradient of Eq.
-    4.
+    It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain one, of Eq. 4.
 
     batches: list of Batch, the micro-batches of one update; with several processes, those of this one.
     make_starts: batches -> for each the latents before the first step with gradient, as `sample_starts`.
@@ -388,7 +377,7 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     `worst_reward` where the gradient is taken, the norms reached, and the fall of the reward from one to the
     other, as the first order predicts it, -mean <g, d> - <gradient, e>, and as measured.
     """
-    log, first_pass = defaultdict(list), []
+    means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))
     sum_over_processes([total])
     for p in params:
@@ -397,57 +386,70 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     starts = make_starts(batches)
     for batch, start in zip(batches, starts):                           # first pass, at theta
         x0, prompts = make_images(batch, start)
-        share = len(batch.prompts) / (total.item() * len(prompts))      # one picture's share in the mean
+        B = len(batch.prompts)
+        share = B / (total.item() * len(prompts))                       # one picture's share in the mean
         r, g = reward_gradient(reward, x0, prompts)
         d = sample_perturbation(g, rho)                                 # Eq. 15; 0 at radius 0
         first_pass.append((r, d))
-        log["reward"].append(r[:len(batch.prompts)])
-        if rho > 0:
-            log["noise_norm"].append((x0.detach() + d - x0.detach()).flatten(1).norm(dim=1))
-            log["fall_predicted"].append(-(g * d).flatten(1).sum(1))
+        reached = x0.detach() + d - x0.detach()                         # d, as far as rounding lets it
+        means.add(reward=r[:B], noise_norm=reached.flatten(1).norm(dim=1),
+                  fall_predicted=-(g * d).flatten(1).sum(1))
         if rho > 0 and rho_w == 0:
             r_worst, g = reward_gradient(reward, x0 + d, prompts)
-            log["worst_reward"].append(r_worst[:len(batch.prompts)])
-            log["fall_measured"].append(r - r_worst)
+            means.add(worst_reward=r_worst[:B], fall_measured=r - r_worst)
         x0.backward(share * g)
     sum_over_processes([p.grad for p in params])
-    if rho_w == 0:
-        return means_over_processes(log)
 
-    # Only now, with the whole batch seen, is the gradient known whose direction e takes.
-    gradients = [p.grad for p in params]
-    epsilons = parameter_perturbation(gradients, rho_w)                 # Eq. 17
-    for p in params:
-        p.grad = None
-    with perturbed(params, epsilons) as reached:
-        if not reuse_starts:
-            starts = make_starts(batches)                               # from the same noise
-        for batch, start, (r, d) in zip(batches, starts, first_pass):   # second pass, at theta + e
-            x0, prompts = make_images(batch, start)
-            share = len(batch.prompts) / (total.item() * len(prompts))
-            r_worst, g = reward_gradient(reward, x0 + d, prompts)       # at x0' + d: Eq. 19
-            log["worst_reward"].append(r_worst[:len(batch.prompts)])
-            log["fall_measured"].append(r - r_worst)
-            x0.backward(share * g)
-    sum_over_processes([p.grad for p in params])
+    if rho_w > 0:
+        # Only now, with the whole batch seen, is the gradient known whose direction e takes.
+        gradients = [p.grad for p in params]
+        epsilons = parameter_perturbation(gradients, rho_w)             # Eq. 17
+        for p in params:
+            p.grad = None
+        with perturbed(params, epsilons) as reached:
+            if not reuse_starts:
+                starts = make_starts(batches)                           # from the same noise
+            for batch, start, (r, d) in zip(batches, starts, first_pass):    # second pass, at theta + e
+                x0, prompts = make_images(batch, start)
+                B = len(batch.prompts)
+                share = B / (total.item() * len(prompts))
+                r_worst, g = reward_gradient(reward, x0 + d, prompts)   # at x0' + d: Eq. 19
+                means.add(worst_reward=r_worst[:B], fall_measured=r - r_worst)
+                x0.backward(share * g)
+        sum_over_processes([p.grad for p in params])
 
-    means = means_over_processes(log)
-    along_e = sum((gradient * epsilon).sum().item() for gradient, epsilon in zip(gradients, epsilons))
-    means["fall_predicted"] = means.get("fall_predicted", 0.0) - along_e
-    means["sam_norm"] = nn.utils.get_total_norm(reached).item()
-    return means
+    log = means.over_processes()
+    if rho_w > 0:
+        log["sam_norm"] = nn.utils.get_total_norm(reached).item()
+        log["fall_predicted"] -= sum((g * e).sum().item() for g, e in zip(gradients, epsilons))
+    if rho == 0:
+        del log["noise_norm"]
+    if rho == rho_w == 0:
+        del log["fall_predicted"]
+    return log
 
 
-def means_over_processes(values):
-    """{name: list of tensors of one value per picture} to {name: mean}, over all processes' pictures."""
-    columns = [torch.cat(parts) for parts in values.values()]
-    sums = torch.tensor([[column.sum().item(), len(column)] for column in columns], dtype=torch.float64)
-    sum_over_processes([sums])
-    return dict(zip(values, (sums[:, 0] / sums[:, 1]).tolist()))
+class Means:
+    """Means over pictures by name, whatever micro-batches and processes these are spread over."""
+
+    def __init__(self):
+        self.values = defaultdict(list)
+
+    def add(self, **values):
+        """values: a tensor of one value per picture for each name."""
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def over_processes(self):
+        """{name: float}; every process must have added the same names."""
+        columns = [torch.cat(values) for values in self.values.values()]
+        sums = torch.tensor([[column.sum().item(), len(column)] for column in columns], dtype=torch.float64)
+        sum_over_processes([sums])
+        return dict(zip(self.values, (sums[:, 0] / sums[:, 1]).tolist()))
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes, the one collective here; alone it changes nothing."""
+    """Replace each tensor by its sum over all processes, if there are several: the one collective here."""
     if distributed():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
@@ -518,6 +520,8 @@ def lora_parameters(network, prefix="unet"):
 
 def train(settings):
     """Tune a model by RSA-FT, or plain if both radii are 0. settings: from `parse`. UserError, RunStopped."""
+    if not settings.reward:
+        raise UserError("--reward needs a name")
     settings = check(settings)
     with explained(f"--grad-steps {settings.grad_steps} and --sampling-steps {settings.sampling_steps}"):
         plan = make_plan(settings, 0)
@@ -600,7 +604,7 @@ def quiet_libraries():
     diffusers.logging.set_verbosity_error()
     for library in transformers, diffusers:
         library.logging.disable_progress_bar()
-    return {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    return {library.__name__: str(library.__version__) for library in (torch, diffusers, transformers)}
 
 
 def load_complete(kind, source, dtype=torch.float32, **where):
@@ -658,13 +662,11 @@ def find_file(source, name):
 # ---- The model ---------------------------------------------------------------------------------------------
 
 class Backbone:
-    """A text-to-image model as a rollout sees it: steps, latent_shape, device, denoiser(prompts),
-    decode(latents).
+    """A text-to-image model as a rollout sees it: its steps, latent_shape, device, denoiser and decode.
 
-    A family is a subclass, as StableDiffusion below. It names its class in diffusers (`pipeline`) and its
-    parts, and has three methods: step_table(n), a list of Step; encode(prompt), what the network is told of a
-    prompt, a list of tensors (1, ...); predict(x, t, *conditions), the network's output f for latents x,
-    without guidance.
+    A family is a subclass, as StableDiffusion below. It names its class in diffusers and its parts, and has
+    step_table(n), a list of Step; encode(prompt), what the network is told of a prompt, a list of tensors
+    (1, ...); predict(x, t, *conditions), the network's output f for latents x, without guidance.
     """
     pipeline, pipeline_options = None, {}
     network_name, network_class = "unet", None     # what is trained; its name is the adapter's prefix
@@ -704,11 +706,11 @@ class Backbone:
         gc.collect()
 
     def denoiser(self, prompts, guidance_scale=None):
-        """A function (x, t) -> f for `rollout`: the network under classifier-free guidance (arXiv
+        """A function (x, t) -> f for `rollout`, the network under classifier-free guidance (arXiv
         2207.12598).
 
         The two branches run as one batch, and the gradient goes through both. x and f are float32, whatever
-        dtype the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
+        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         asked = [""] * len(prompts) + prompts if scale > 1 else prompts
@@ -866,9 +868,8 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
     return reward
 
 
-# A reward found by name has FILES, each file that must be there with its repository on the hub (None: on no
-# hub), and load({file: folder or hub id}, device), which returns reward(images, prompts). This is
-# PickScore's:
+# A reward found by name has FILES, {file that must be there: its repository on the hub, or None}, and
+# load({file: folder or hub id}, device), which returns reward(images, prompts). PickScore's:
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -946,8 +947,8 @@ def make_reward(name, models=None, device="cpu"):
     name: pickscore, a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1]; prompts: B
     strings. models: a folder with a folder per reward; without it the weights come from the hub. A reward is
     a guest: it gets a copy of the images, and what it returns is checked each time. Raises UserError where it
-    can't be found or doesn't load; so does the function returned where it fails, or gives no finite number
-    per picture.
+    isn't found or doesn't load; so does the function returned where it fails, or gives no finite number per
+    picture.
     """
     with guest(name):
         if own_file(name):
@@ -1083,12 +1084,12 @@ def say(text):
     """Print, above a progress bar where there is one; of several processes the first speaks."""
     from tqdm import tqdm
     if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
 
 def write_atomic(path, content):
-    """Write bytes to a file that has at any moment, whatever happens, all of its old or of its new content."""
+    """Write bytes to a file that has at any moment all of its old or all of its new content."""
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1223,7 +1224,7 @@ class Run:
         self.report()
 
     def record(self, reward, grad_norm, **values):
-        """Log an update that the optimizer has made, and save. Raises UserError if its gradient was no good."""
+        """Log an update that the optimizer has made, and save. Raises UserError for one without gradient."""
         step, judge = len(self.updates) + 1, self.evaluation.scores.judge
         if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
             raise UserError(f"update {step} has no finite gradient, but the reward {reward:g} and a gradient "
@@ -1412,7 +1413,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program, description):
         super().__init__(usage=f"python {program} [FLAGS]", description=description, allow_abbrev=False,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 99, 28, 110))
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 110))
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -1525,18 +1526,20 @@ def main(argv=None, parse=parse, train=train, program="rsaft.py"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        message, code = f"{in_words(error)}; RSAFT_TRACEBACK=1 in the environment shows where", 1
+        message = in_words(error)
         if isinstance(error, (UserError, RunStopped)):
-            message, code = str(error), 2 if isinstance(error, UserError) else 1
+            message = str(error)
         elif isinstance(error, KeyboardInterrupt):
             message = "stopped by hand, before anything was written"
         elif is_out_of_memory(error):
             message = "out of memory; try --gradient-checkpointing, --micro-batch-size 1, --dtype bfloat16"
+        elif not isinstance(error, OSError):
+            message += "; RSAFT_TRACEBACK=1 in the environment shows where"
         if os.environ.get("RSAFT_TRACEBACK"):
             traceback.print_exc()
-        if distributed() or os.environ.get("RANK", "0") == "0":    # before they meet, processes fail alike
+        if distributed() or os.environ.get("LOCAL_RANK", "0") == "0":    # before they meet all fail alike
             print(f"{program}: {message}", file=sys.stderr)
-        return code
+        return 2 if isinstance(error, (UserError, OSError)) else 1
     finally:
         if distributed():
             torch.distributed.destroy_process_group()

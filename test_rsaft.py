@@ -356,8 +356,8 @@ def test_the_formula_counts_the_network_evaluations_of_every_plan(method):
 @pytest.mark.parametrize("method", rsaft.METHODS)
 def test_every_method_runs_with_every_perturbation_and_takes_the_evaluations_of_the_formula(
         model, params, pickscore, method):
-    """T = 6 under guidance: what the model counts itself, and the pictures that the reward has seen."""
-    judged, plan, B = [], rsaft.METHODS[method](6, rsaft.named_generator(method)), 2
+    """T = 6, K = 2, with guidance: what the model counts, and the pictures that the reward has seen."""
+    judged, plan, B = [], rsaft.METHODS[method](6, rsaft.named_generator(method), 2), 2
     model.steps = model.step_table(6)
 
     def reward(images, prompts):
@@ -407,6 +407,14 @@ def test_both_passes_of_an_update_take_the_same_plan_and_every_update_its_own(tm
         assert line["reward_evaluations"] == 2 * (1 + plan.renoised) * 2
 
 
+def test_the_flags_for_the_window_and_for_k_reach_the_update(tmp_path):
+    assert small(tmp_path / "out", "--sam", "--sam-rollout", "window", "--grad-steps", "2", "--train-steps",
+                 "1", "--eval-every", "0") == 0
+    line, = records(tmp_path / "out")
+    counted = tuple(line[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
+    assert counted == (4 * 2 * 2, 4 * 2 * 4)       # 4 pictures, 2 branches; 2 steps without, 2 twice with
+
+
 def test_the_gradient_goes_through_both_branches_of_the_guidance(model):
     params = model.add_adapter(2, torch.Generator().manual_seed(0))
     x = normal(1, *LATENT)
@@ -424,7 +432,8 @@ def test_a_prompt_goes_through_the_text_encoder_once_and_comes_out_as_the_pipeli
     calls = []
     model.pipe.text_encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
     model.encode_prompts(["", *PROMPTS[:2]])
-    model.denoiser([PROMPTS[1], PROMPTS[0]]), model.encode_prompts(PROMPTS[:2])
+    model.denoiser([PROMPTS[1], PROMPTS[0]])
+    model.encode_prompts(PROMPTS[:2])
     assert len(calls) == 3
     encoded = torch.cat([model.encoded[prompt][0] for prompt in (PROMPTS[1], "", PROMPTS[0])])
     assert not encoded.requires_grad
@@ -716,8 +725,8 @@ def test_with_all_steps_differentiated_the_fall_under_sam_is_as_predicted(model,
 
 
 def test_in_bf16_the_fall_under_sam_is_as_predicted_where_it_stands_above_the_rounding(pickscore):
-    """The rounding: how far the reward in bf16 is from that in float32. It hides the default radius's fall."""
-    """The rounding: how far the reward in bf16 is from that in float32. It hides a fall by the default radius."""
+    """The rounding: how far the reward in bf16 is from that in float32. At radius 0.01 it hides the fall."""
+    logs = []
     for dtype in torch.float32, torch.bfloat16:
         model = rsaft.load_model(str(MODEL), 4, 3.0, dtype=dtype)
         params = model.add_adapter(4, torch.Generator().manual_seed(0))

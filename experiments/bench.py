@@ -1,12 +1,13 @@
 """What an update costs: seconds and peak memory, RSA-FT's variants beside plain fine-tuning and beside TRL.
 
     python experiments/bench.py --trl trl/bin/python        # the small world; 12 minutes on 2 CPU cores
-    python experiments/bench.py --size sd15 --models full   # Stable Diffusion 1.5, made by full_size.py: for a GPU
+    python experiments/bench.py --size sd15 --models full   # Stable Diffusion 1.5 of full_size.py: for a GPU
 
-DRaFT-1 in 50 sampling steps, rank 4, the same model, prompts, batch, guidance and reward for all. Each row is a
-process of its own, so that its peak memory is its own: on CUDA what torch took there, elsewhere the process's. All
-rows are run in turn, --rounds times, so that a change in the machine's speed meets all of them. Of each process the
-median over its updates counts, without the first one; printed is the median over the rounds, and the range.
+DRaFT-1 in 50 sampling steps, rank 4, the same model, prompts, batch, guidance and reward for all. Each row is
+a process of its own, so that its peak memory is its own: on CUDA what torch took there, elsewhere the
+process's. All rows are run in turn, --rounds times, so that a change in the machine's speed meets all of
+them. Of each process the median over its updates counts, without the first one; printed is the median over
+the rounds, and the range.
 
 TRL's AlignPropTrainer (trl 0.23.1 is the last release that has it) needs an environment of its own:
 
@@ -15,8 +16,8 @@ TRL's AlignPropTrainer (trl 0.23.1 is the last release that has it) needs an env
     trl/bin/pip install peft==0.21.2 accelerate==1.15.0 trl==0.23.1
 
 It runs with eta 0 and without mixed precision, as rsaft.py does; its LoRA rank is 4, which can't be set. It
-checkpoints the gradient of the UNet, which its configuration can't turn off either: a second row does that from
-outside.
+checkpoints the gradient of the UNet, which its configuration can't turn off either: a second row does that
+from outside.
 """
 import argparse
 import functools
@@ -38,14 +39,15 @@ import rsaft  # noqa: E402, found through the line above
 
 T, BOTH, WINDOW = 50, ["--sam", "--noise"], ["--sam-rollout", "window"]
 ROWS = {"plain": [], "noise": ["--noise"], "sam, full": ["--sam"], "sam, window": ["--sam", *WINDOW],
-        "both, full": BOTH, "both, window": [*BOTH, *WINDOW], "TRL": ["trl"], "TRL, no checkpointing": ["trl", "off"]}
+        "both, full": BOTH, "both, window": [*BOTH, *WINDOW], "TRL": ["trl"],
+        "TRL, no checkpointing": ["trl", "off"]}
 
 
 def flags(options):
     """The command line of rsaft.py that all rows share."""
     size = ["--tiny"] if options.size == "tiny" else [
-        "--model", str(Path(options.models, "stable-diffusion")), "--models", options.models, "--batch-size", "4",
-        "--micro-batch-size", "4"]
+        "--model", str(Path(options.models, "stable-diffusion")), "--models", options.models,
+        "--batch-size", "4", "--micro-batch-size", "4"]
     return [*size, "--sampling-steps", str(T), "--rank", "4", "--train-steps", str(options.updates),
             "--eval-every", "0", "--eval-reward"]
 
@@ -62,7 +64,7 @@ def child(*command):
 
 
 def ours(options, row):
-    """One run of rsaft.py. Returns (seconds of each update, peak GiB, network evaluations of the last update)."""
+    """One run of rsaft.py. Returns (seconds of each update, peak GiB, network evaluations of the last)."""
     with tempfile.TemporaryDirectory() as out:
         _, peak = child(sys.executable, HERE / "rsaft.py", *flags(options), *ROWS[row], "--out", out)
         log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
@@ -72,8 +74,8 @@ def ours(options, row):
 
 def trl(options, row):
     """The same of TRL's trainer, in its own environment."""
-    printed, peak = child(options.trl, __file__, "--size", options.size, "--models", options.models, "--updates",
-                          str(options.updates), "--as-trl", row)
+    printed, peak = child(options.trl, __file__, "--size", options.size, "--models", options.models,
+                          "--updates", str(options.updates), "--as-trl", row)
     seconds, peak_gb, evaluations = json.loads(printed.splitlines()[-1])
     return seconds, peak_gb or peak, evaluations
 
@@ -89,11 +91,11 @@ def as_trl(options):
     reward = rsaft.make_reward(settings.reward[0], settings.models, device)
     micro_batch_size = settings.micro_batch_size or settings.batch_size
     config = AlignPropConfig(
-        sample_num_steps=T, sample_eta=0.0, sample_guidance_scale=settings.guidance_scale, mixed_precision="no",
-        allow_tf32=False, train_batch_size=micro_batch_size, train_learning_rate=settings.learning_rate,
-        train_gradient_accumulation_steps=settings.batch_size // micro_batch_size, save_freq=10 ** 9,
-        truncated_backprop_rand=False, truncated_backprop_timestep=T - 1,
-        train_max_grad_norm=settings.max_grad_norm)
+        sample_num_steps=T, sample_eta=0.0, sample_guidance_scale=settings.guidance_scale,
+        mixed_precision="no", allow_tf32=False, save_freq=10 ** 9, train_batch_size=micro_batch_size,
+        train_gradient_accumulation_steps=settings.batch_size // micro_batch_size,
+        train_learning_rate=settings.learning_rate, train_max_grad_norm=settings.max_grad_norm,
+        truncated_backprop_rand=False, truncated_backprop_timestep=T - 1)
     pipeline = DefaultDDPOStableDiffusionPipeline(settings.model, use_lora=True)
     if ROWS[options.as_trl][-1] == "off":
         pipeline.rgb_with_grad = functools.partial(pipeline.rgb_with_grad, gradient_checkpoint=False)
@@ -126,7 +128,8 @@ def machine():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "sd15"], default="tiny")
     parser.add_argument("--models", default="full", help="for sd15: the folder that full_size.py made")
     parser.add_argument("--trl", help="the python of an environment with TRL")
@@ -153,9 +156,9 @@ def main():
     for row in rows:
         ratios = [a / b for a, b in zip(seconds[row], plain)]
         peak, base = statistics.median(memory[row]), statistics.median(memory["plain"])
-        without, with_gradient = evaluations[row]
         print(f"| {row} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | "
-              f"{peak / base:.2f} | {statistics.median(seconds[row]):.2f} | {peak:.2f} | {without}, {with_gradient} |")
+              f"{peak / base:.2f} | {statistics.median(seconds[row]):.2f} | {peak:.2f} | "
+              f"{', '.join(map(str, evaluations[row]))} |")
     if not options.trl:
         print("\nTRL: not run, --trl needs the python of an environment with it; --help gives the commands")
 

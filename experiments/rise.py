@@ -1,9 +1,9 @@
 """Does every method raise its training reward, plain and with each perturbation? `python experiments/rise.py`
 
 20 short runs on the small world with one seed, about five minutes on 2 CPU cores. Prints the training reward
-(pickscore) of the fixed evaluation pictures before and after each, and ends with exit code 1 unless all have risen.
-This shows that the gradients point uphill, not that one method is better than another: the runs are short and there
-is one seed.
+(pickscore) of the fixed evaluation pictures before and after each, and ends with exit code 1 unless all have
+risen. This shows that the gradients point uphill, not that one method is better than another: the runs are
+short and there is one seed.
 """
 import contextlib
 import io

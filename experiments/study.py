@@ -1,31 +1,33 @@
 """Is the picture truly better at the same training reward? The claim of RSA-FT, tested in the small world.
 
     pip install -r experiments/requirements.txt
-    python experiments/study.py                   # everything, about 12 hours on 2 CPU cores; or part by part:
+    python experiments/study.py             # everything, about 12 hours on 2 CPU cores; or part by part:
     python experiments/study.py --part primary
-    python experiments/study.py --report          # no runs: tables and figures from what study.csv has
-    python experiments/study.py --quick           # the same in small, in a temporary folder: does it still work?
+    python experiments/study.py --report    # no runs: tables and figures from what study.csv has
+    python experiments/study.py --quick     # the same in small, in a temporary folder: does it still work?
 
-Every run is a command line of rsaft.py, or of gdro.py, crd.py, random_directions.py, so any row of study.csv can be
-made again by hand, on one machine bit for bit (random directions, and adapters that were scaled, but for rounding).
-A study that was killed goes on when its command is repeated: a run whose rows are in study.csv is not run again. What
-is in the tables below was written down before the reported runs: parts, seeds, radii, rates, levels, measures. (The
-levels of "brittle" while they ran, unseen; those of "breadth", which are the primary's, when its pilot and two of its
-own runs had been seen. "again" was added when all the rest was there.) The order of importance is theirs.
+Every run is a command line, of rsaft.py but for PROGRAMS, so any row of study.csv can be made again by hand,
+on one machine bit for bit. A study that was killed goes on when its command is repeated: a run whose rows are
+in study.csv is not run again. What is in the tables below was written down before the reported runs: parts,
+seeds, radii, rates, levels, measures. (The levels of "brittle" while they ran, unseen; those of "breadth",
+which are the primary's, when its pilot and two of its own runs had been seen. "again" was added when all the
+rest was there.) The order of importance is theirs.
 
-THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal proxy, at
-its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis, since an earlier
-prototype showed it unasked, is tried in the part "fast": RSA-FT steadies the run, so that fewer runs fall back from
-their best judge score, and the last ones lie closer together. All else is secondary, and the report says how many
-intervals it prints: one in twenty of them misses the truth by chance alone.
+THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal
+proxy, at its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis,
+since an earlier prototype showed it unasked, is tried in the part "fast": RSA-FT steadies the run, so that
+fewer runs fall back from their best judge score, and the last ones lie closer together. All else is
+secondary, and the report says how many intervals it prints: one in twenty of them misses the truth by chance
+alone.
 
-Words. The proxy is the reward that is trained on (pickscore). The judge is a held-out network. The oracle compares each
-picture with renderings of its caption: the share of right ones and an error. A pair is two runs with the same seed: the
-same noise, prompts in the same order, the same initial adapter. Equal proxy: each run's measures, interpolated linearly
-to where its proxy first reaches a level, the base model's plus one of the part's `gains`; pairs in which a run never
-does are left out and counted. Equal network evaluations, equal updates: as many as the shorter run of the pair has.
-Intervals are 95 percent: Student's t over the pairs, for shares Wilson's, for ratios of standard deviations the
-percentiles of a bootstrap over the seeds, for correlations Fisher's z.
+Words. The proxy is the reward that is trained on (pickscore). The judge is a held-out network. The oracle
+compares each picture with renderings of its caption: the share of right ones and an error. A pair is two runs
+with the same seed: the same noise, prompts in the same order, the same initial adapter. Equal proxy: each
+run's measures, interpolated linearly to where its proxy first reaches a level, the base model's plus one of
+the part's `gains`; pairs in which a run never does are left out and counted. Equal network evaluations, equal
+updates: as many as the shorter run of the pair has. Intervals are 95 percent: Student's t over the pairs, for
+shares Wilson's, for ratios of standard deviations the percentiles of a bootstrap over the seeds, for
+correlations Fisher's z.
 """
 import argparse
 import contextlib
@@ -57,16 +59,16 @@ import gdro  # noqa: E402
 import random_directions  # noqa: E402
 import rsaft  # noqa: E402
 
-rewards = rsaft.import_file(HERE / "study_rewards.py")      # the module that the runs get by FILE.py:FUNCTION
+study_rewards = rsaft.import_file(HERE / "study_rewards.py")    # the module that runs get by FILE.py:FUNCTION
 
 
-# ---- What is run: all of it fixed before the reported runs -----------------------------------------------------------
+# ---- What is run: all of it fixed before the reported runs -------------------------------------------------
 
-# Rates and levels are from the pilots: at STABLE plain runs rise to the end, at FAST they tend to fall back, and the
-# first level of "primary" and of "fast" is one that all pilot runs at that rate reach. (The seeds 200 to 205 were to be
-# reported first, with a higher level; half of their runs at FAST never got there, so they became a pilot.) Radii: from
-# an earlier prototype of this world with other models, where 0.1 changed the runs and 1 kept them from learning. The
-# number of seeds, updates and parts: what fits into a night.
+# Rates and levels are from the pilots: at STABLE plain runs rise to the end, at FAST they tend to fall back,
+# and the first level of "primary" and of "fast" is one that all pilot runs at that rate reach. (The seeds 200
+# to 205 were to be reported first, with a higher level; half of their runs at FAST never got there, so they
+# became a pilot.) Radii: from an earlier prototype of this world with other models, where 0.1 changed the
+# runs and 1 kept them from learning. The number of seeds, updates and parts: what fits into a night.
 SLOW, STABLE, FAST = "2e-3", "4e-3", "8e-3"
 RHO, RHO_W = 0.1, 0.1
 UPDATES, EVAL_EVERY, PICTURES = 60, 10, 144            # 144 pictures: two of each of the 72 captions
@@ -74,12 +76,12 @@ FALL_BACK = 0.5          # a run has fallen back if its last judge score is furt
 HACKED = 0.05            # a run is hacked if its last oracle accuracy is further than this below its best
 SCALES = (0.25, 0.5, 0.75)                             # of the adapter, after training
 
-SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images", str(PICTURES),
-            "--train-steps", str(UPDATES), "--eval-reward", f"{HERE / 'study_rewards.py'}:judge",
-            *rsaft.TINY["eval_reward"][1:]]
+SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images",
+            str(PICTURES), "--train-steps", str(UPDATES), "--eval-reward",
+            f"{HERE / 'study_rewards.py'}:judge", *rsaft.TINY["eval_reward"][1:]]    # --tiny's judge, watched
 
-# At the paper's radii of 0.01 this reward falls by 1.5 percent (noise) and 0.3 percent (sam). A full-size one falls by
-# about 0.3 percent, by a rough estimate; for noise that is 0.002 here.
+# At the paper's radii of 0.01 this reward falls by 1.5 percent (noise) and 0.3 percent (sam). A full-size one
+# falls by about 0.3 percent, by a rough estimate; for noise that is 0.002 here.
 CONFIGURATIONS = {
     "plain": "", "noise": f"--noise {RHO}", "sam": f"--sam {RHO_W}", "both": f"--noise {RHO} --sam {RHO_W}",
     **{f"noise {rho}": f"--noise {rho}" for rho in (0.002, 0.01, 0.3)},
@@ -89,9 +91,9 @@ CONFIGURATIONS = {
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
     "twice as long": "", "gdro": "", "crd": "",
 }
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}     # times UPDATES; gdro's and crd's: their defaults
-PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}     # all others are runs of rsaft.py
-OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}     # gdro's and crd's are their defaults here too
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}    # times UPDATES; gdro's and crd's own defaults
+OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}    # theirs are their defaults here too
+PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
 WORLDS = {"tiny": "", "again": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -99,7 +101,7 @@ TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
 @dataclass(frozen=True)
 class Part:
-    """Runs: the product of methods, seeds and configurations. Each is compared with the plain one of the same seed."""
+    """Runs: the product of methods, seeds and configurations. Each is compared with its seed's plain one."""
     question: str
     hours: float                        # on 2 CPU cores, estimated from the pilots; parts share runs
     gains: tuple                        # of the proxy over the base model's, for equal proxy
@@ -119,11 +121,11 @@ class Part:
 
 PARTS = {  # nothing was chosen on these seeds
     "primary": Part("Is the picture truly better at the same reward?", 2.0, (2.0, 3.0), range(206, 222)),
-    "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0, (1.0, 2.0),
-                 range(206, 222), rate=FAST),
-    # "twice as long" had a part of its own; to compare it at equal proxy too was decided when its runs were there.
-    "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6, (2.0,),
-                   range(206, 214), ("plain", "both", "two proxies", "twice as long")),
+    "fast": Part("And at twice the rate, where plain runs tend to fall back: is RSA-FT steadier?", 2.0,
+                 (1.0, 2.0), range(206, 222), rate=FAST),
+    # "twice as long" had a part of its own; to compare it at equal proxy too was decided with its runs there.
+    "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6,
+                   (2.0,), range(206, 214), ("plain", "both", "two proxies", "twice as long")),
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
                    tuple(name for name in CONFIGURATIONS if name not in ("two proxies", *LONGER))),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
@@ -136,13 +138,14 @@ PARTS = {  # nothing was chosen on these seeds
     "crd": Part("Than CRD, in its own way of sampling, without guidance?", 0.8, (3.0, 4.0), range(206, 214),
                 ("plain", "both", "crd"), world="unguided"),
 }
-# On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on the same
-# one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums differently.
+# On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on
+# the same one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums
+# differently.
 PARTS["again"] = replace(PARTS["fast"], world="again",
                          question="The runs of fast once more, rounded differently: how far does that carry?")
 PILOTS = {  # what rates and gains were chosen from
-    **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate, hours=0.2)
-       for rate in (STABLE, FAST, SLOW)},
+    **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate,
+                                hours=0.2) for rate in (STABLE, FAST, SLOW)},
     "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
     **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=TWO, hours=0.2)
        for name in ("strong", "brittle", "breadth")},
@@ -151,8 +154,8 @@ PILOTS = {  # what rates and gains were chosen from
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
             "diversity": "diversity", "kid": "KID"}
-COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations", "proxy",
-           *MEASURES, "seconds", "alarm")
+COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations",
+           "proxy", *MEASURES, "seconds", "alarm")
 
 
 def split_flags(text, worlds):
@@ -176,11 +179,11 @@ class Job:
 
     def flags(self, settings, worlds):
         """The command line; what stands later wins."""
-        own = [*split_flags(WORLDS[self.world], worlds), *split_flags(CONFIGURATIONS[self.configuration], worlds)]
+        own = split_flags(f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}", worlds)
         own += ["--method", self.method] if self.program is rsaft else []
         steps = round(LONGER.get(self.configuration, 1) * rsaft.parse(settings).train_steps)
-        return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed), "--train-steps", str(steps),
-                *own]
+        return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed),
+                "--train-steps", str(steps), *own]
 
     @property
     def work(self):
@@ -194,7 +197,7 @@ def jobs_of(parts):
     return list(dict.fromkeys(job for part in parts.values() for job in part.jobs()))
 
 
-# ---- The worlds that only the study has ------------------------------------------------------------------------------
+# ---- The worlds that only the study has --------------------------------------------------------------------
 
 @contextlib.contextmanager
 def quiet():
@@ -204,15 +207,19 @@ def quiet():
 
 
 def build_world(name, folder, steps=None):
-    """Make a folder of models: strong, a base model trained to the end; brittle, a proxy that saw few pictures; second,
-    a second proxy (the first one's recipe and another seed) beside the first. With `steps`, fewer training steps."""
+    """Make a folder of models, with `steps` in fewer training steps.
+
+    strong: a base model trained to the end; brittle: a proxy that saw few pictures; second: a second proxy,
+    the first one's recipe and another seed, beside the first.
+    """
     import build
     partial, tiny = Path(folder, f"{name}.partial"), build.HERE
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with quiet():
         if name == "strong":
-            build.build_unet(partial / "stable-diffusion", tiny / "stable-diffusion" / "vae", steps or build.UNET_STEPS)
+            build.build_unet(partial / "stable-diffusion", tiny / "stable-diffusion" / "vae",
+                             steps or build.UNET_STEPS)
         else:
             shutil.copytree(tiny / "judge", partial / "judge")
         if name == "brittle":
@@ -223,42 +230,42 @@ def build_world(name, folder, steps=None):
     partial.rename(Path(folder, name))
 
 
-# ---- One run, measured -----------------------------------------------------------------------------------------------
+# ---- One run, measured -------------------------------------------------------------------------------------
 
 def load_watched(flags):
-    """What rsaft.load makes of a command line, with the embeddings of no picture yet but the one it is tried with."""
-    rewards.EMBEDDINGS.clear()
+    """What rsaft.load makes of a command line, with no embeddings but of the picture it is tried out with."""
+    study_rewards.EMBEDDINGS.clear()
     with quiet():
         return rsaft.load(rsaft.check(rsaft.parse([*flags, "--device", "cpu"])))
 
 
 @functools.cache
 def base_embeddings(flags):
-    """Embeddings of as many pictures of the base model as an evaluation has, with the same prompts and other noise."""
+    """Of as many pictures of the base model as an evaluation has, with the same prompts and other noise."""
     count = rsaft.parse(flags).eval_images
     load_watched([*flags, "--eval-images", str(2 * count)]).evaluation()
-    return torch.cat(rewards.EMBEDDINGS)[-count:]
+    return torch.cat(study_rewards.EMBEDDINGS)[-count:]
 
 
 def measured(settings, evaluations, base):
     """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the embeddings that they left."""
-    prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))   # in turn
-    # Before them are those of the random picture with which the judge was tried out.
-    pictures = torch.cat(rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
+    prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))
+    # Before them are those of the random picture with which the judge was tried out, once per prompt.
+    pictures = torch.cat(study_rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
     return [{"alarm": False, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
              "kid": kid(x, base, prompts)}
             for scores, x in zip(evaluations, pictures.split(len(base)), strict=True)]
 
 
 def scaled_evaluations(flags, folder):
-    """Scores of the adapter in `folder`, [{name: mean}] with the base model's first, then those at SCALES; no S1."""
+    """Scores without S1, {name: mean}, of the base model, then of the adapter in `folder` at all SCALES."""
     loaded, saved, evaluations = load_watched(flags), load_file(Path(folder, rsaft.ADAPTER)), []
     loaded.model.add_adapter(rsaft.parse(flags).rank, None)
     loaded.evaluation.s1_radius = None
     for scale in 0.0, *SCALES:
         with torch.no_grad():
-            for name, p in loaded.model.adapter().items():
-                p.copy_(scale * saved[name] if ".lora_B." in name else saved[name])     # the change is linear in B
+            for name, p in loaded.model.adapter().items():      # its change of the weights is linear in B
+                p.copy_(scale * saved[name] if ".lora_B." in name else saved[name])
         values, _ = loaded.evaluation()
         evaluations.append({name: value.mean().item() for name, value in values.items()})
     return evaluations
@@ -267,10 +274,11 @@ def scaled_evaluations(flags, folder):
 def perform(job, settings, worlds, out):
     """Do a run in the folder `out`. Returns {configuration: its rows}. Raises RuntimeError.
 
-    After a plain DRaFT-1 run in `tiny` its adapter is also judged at the other SCALES, as the configuration "scaled";
-    the step of such a row is the scale's share of the updates, and the run's own first and last row complete them.
+    After a plain DRaFT-1 run in `tiny` its adapter is also judged at the other SCALES, as the configuration
+    "scaled"; the step of such a row is the scale's share of the updates, and the run's own first and last row
+    complete them.
     """
-    rewards.WORLDS = worlds
+    study_rewards.WORLDS = worlds
     flags = job.flags(settings, worlds)
     parsed = job.program.parse(flags)
     base = base_embeddings((*settings, *split_flags(WORLDS[job.world], worlds)))
@@ -279,7 +287,7 @@ def perform(job, settings, worlds, out):
         flags += ["--data", f"{out}/groups"]
         spent["network_evaluations"] = len(rsaft.read_prompts(parsed.prompts)) * parsed.pictures * (
             2 * parsed.sampling_steps)
-    rewards.EMBEDDINGS.clear()
+    study_rewards.EMBEDDINGS.clear()
     with quiet() as errors:
         code = job.program.main([*flags, "--device", "cpu", "--out", f"{out}/run"])
     if code:
@@ -293,8 +301,9 @@ def perform(job, settings, worlds, out):
             evaluations.append({**record, **spent})
     rows = {job.configuration: measured(parsed, evaluations, base)}
     if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):
-        scaled = [{**scores, "step": round(scale * parsed.train_steps), **spent}
-                  for scale, scores in zip((0.0, *SCALES), scaled_evaluations(flags, f"{out}/run"), strict=True)]
+        scores = scaled_evaluations(flags, f"{out}/run")
+        scaled = [{**score, "step": round(scale * parsed.train_steps), **spent}
+                  for scale, score in zip((0.0, *SCALES), scores, strict=True)]
         rows["scaled"] = [*measured(parsed, scaled, base), rows["plain"][-1]]
     return rows
 
@@ -308,7 +317,7 @@ def attempt(job, settings, worlds, scratch):
         return job, {}, f"{job}: {type(error).__name__}: {error}"
 
 
-# ---- All runs --------------------------------------------------------------------------------------------------------
+# ---- All runs ----------------------------------------------------------------------------------------------
 
 def read_rows(path):
     """{Job: its rows in order of step, with numbers}, from a CSV file that may not exist yet."""
@@ -316,10 +325,11 @@ def read_rows(path):
     if path.exists():
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                job = Job(row["world"], row["method"], row["learning_rate"], int(row["seed"]), row["configuration"])
+                job = Job(row["world"], row["method"], row["learning_rate"], int(row["seed"]),
+                          row["configuration"])
                 numbers = {name: float(row[name] or "nan") for name in ("proxy", *MEASURES, "seconds")}
-                runs.setdefault(job, []).append({**numbers, "step": int(row["step"]), "alarm": row["alarm"] == "True",
-                                                 "network_evaluations": int(row["network_evaluations"])})
+                numbers |= {name: int(row[name]) for name in ("step", "network_evaluations")}
+                runs.setdefault(job, []).append({**numbers, "alarm": row["alarm"] == "True"})
     return runs
 
 
@@ -329,13 +339,14 @@ def write_rows(path, runs):
     writer.writeheader()
     for job in sorted(runs, key=lambda job: tuple(vars(job).values())):
         for row in runs[job]:
-            cells = {name: f"{value:.6g}".replace("nan", "") for name, value in row.items() if isinstance(value, float)}
+            cells = {name: f"{value:.6g}".replace("nan", "") for name, value in row.items()
+                     if isinstance(value, float)}
             writer.writerow({**row, **cells, **vars(job)})
     rsaft.write_atomic(path, text.getvalue().encode())
 
 
 def start_worker():
-    torch.set_num_threads(1)      # two processes share two cores; and the bits don't depend on how many there are
+    torch.set_num_threads(1)      # two processes share two cores, and the bits don't depend on their number
 
 
 def run_parts(parts, settings, folder, workers=2, build_steps=None):
@@ -349,30 +360,26 @@ def run_parts(parts, settings, folder, workers=2, build_steps=None):
     needed = " ".join(word for job in missing for word in job.flags(settings, worlds))
     unbuilt = [name for name in ("strong", "brittle", "second") if f"{worlds / name}" in needed
                and not (worlds / name).exists()]
-    # A fresh interpreter for each worker: torch's threads don't survive a fork. A killed one leaves files in scratch.
+    # A fresh interpreter for each worker: torch's threads don't survive a fork. A killed one leaves files.
     with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(
             workers, start_worker) as pool:
-        try:
-            if unbuilt:
-                print(f"building {', '.join(unbuilt)}", flush=True)
-                pool.starmap(build_world, [(name, worlds, build_steps) for name in unbuilt], chunksize=1)
-            one = functools.partial(attempt, settings=settings, worlds=worlds, scratch=scratch)
-            with tqdm(total=sum(job.work for job in missing), unit="run", smoothing=0, mininterval=10) as progress:
-                for job, rows, error in pool.imap_unordered(one, missing):
-                    runs |= {replace(job, configuration=name): rows[name] for name in rows}
-                    write_rows(path, runs)
-                    errors += [error] if error else []
-                    progress.update(job.work)
-            pool.close()
-            pool.join()      # at the end of the block they would be terminated, semaphores in hand
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.kill()      # the pool's own SIGTERM would be taken by rsaft.py, which then stops in good order
-            raise
+        if unbuilt:
+            print(f"building {', '.join(unbuilt)}", flush=True)
+            pool.starmap(build_world, [(name, worlds, build_steps) for name in unbuilt], chunksize=1)
+        one = functools.partial(attempt, settings=settings, worlds=worlds, scratch=scratch)
+        work = sum(job.work for job in missing)
+        with tqdm(total=work, unit="run", smoothing=0, mininterval=10) as progress:
+            for job, rows, error in pool.imap_unordered(one, missing):
+                runs |= {replace(job, configuration=name): rows[name] for name in rows}
+                write_rows(path, runs)
+                errors += [error] if error else []
+                progress.update(job.work)
+        pool.close()
+        pool.join()      # at the end of the block they would be terminated, semaphores in hand
     return errors
 
 
-# ---- Statistics ------------------------------------------------------------------------------------------------------
+# ---- Statistics --------------------------------------------------------------------------------------------
 
 def diversity(embeddings, prompts):
     """Mean distance between the embeddings, scaled to length 1, of two pictures of one prompt.
@@ -385,11 +392,12 @@ def diversity(embeddings, prompts):
 
 
 def kid(x, y, prompts):
-    """KID (arXiv 1801.01401): the squared MMD of two sets of embeddings, (N, D) each, under the kernel (cosine + 1)^3.
+    """KID (arXiv 1801.01401): the squared MMD of two sets of embeddings under the kernel (cosine + 1)^3.
 
-    Unbiased: 0 on average for two sets from one model. No picture is compared with itself, and since every prompt has
-    equally many pictures, unlike in a random draw, pairs of one prompt count as often as they would there: 1 in P.
-    prompts: (N,), the same for both sets, with equally many pictures of each of P prompts, at least two.
+    Unbiased: 0 on average for two sets from one model. No picture is compared with itself, and since every
+    prompt has equally many pictures, unlike in a random draw, pairs of one prompt count as often as they
+    would there: 1 in P. x, y: (N, D) each; prompts: (N,), the same for both sets, with equally many pictures
+    of each of P prompts, at least two.
     """
     same, P = prompts[:, None] == prompts, len(prompts.unique())
 
@@ -402,7 +410,7 @@ def kid(x, y, prompts):
 
 
 def at_level(proxy, values, level):
-    """`values` interpolated linearly to where `proxy` first reaches `level`; None if it never does. Lists by step."""
+    """`values` interpolated linearly to where `proxy` first reaches `level`, or None. Lists by step."""
     for i, reached in enumerate(proxy):
         if reached >= level:
             if i == 0:
@@ -427,7 +435,7 @@ def share_interval(k, n):
 
 
 def spread_interval(a, b):
-    """(ratio of two paired samples' standard deviations, low, high): percentiles of a bootstrap of 5 or more pairs."""
+    """(ratio of two paired samples' standard deviations, low, high): a bootstrap of 5 or more pairs."""
     a, b = numpy.array([a, b])
     again = numpy.random.default_rng(0).integers(len(a), size=(10_000, len(a)))
     with numpy.errstate(invalid="ignore", divide="ignore"):        # where all draws are one pair
@@ -436,7 +444,7 @@ def spread_interval(a, b):
 
 
 def correlation_interval(x, y):
-    """(Pearson's correlation, low, high): Fisher's z; nan where there is none, or too few pairs for an interval."""
+    """(Pearson's correlation, low, high): Fisher's z; nan where there is none, or from too few pairs."""
     if min(len(set(x)), len(set(y))) < 2 or len(x) < 4:
         return math.nan, math.nan, math.nan
     r = stats.pearsonr(x, y)
@@ -449,10 +457,11 @@ def falls_back(judge, by=FALL_BACK):
 
 
 def alarm_verdict(steps, accuracy, alarms):
-    """What a run's first alarm was worth, and how many updates after the oracle's best it came, if it was right.
+    """What a run's first alarm was worth, and how many updates after the oracle's best it came, if right.
 
-    "caught": the last oracle accuracy is more than HACKED below the best, and the alarm came after the best. "false":
-    there was an alarm all the same. "missed": the accuracy fell so far without one. "none": neither. Lists by step.
+    "caught": the last oracle accuracy is more than HACKED below the best, and the alarm came after the best.
+    "false": there was an alarm all the same. "missed": the accuracy fell so far without one. "none": neither.
+    Lists by step.
     """
     best, hacked = steps[accuracy.index(max(accuracy))], max(accuracy) - accuracy[-1] > HACKED
     first = next((step for step, alarm in zip(steps, alarms) if alarm), None)
@@ -461,21 +470,21 @@ def alarm_verdict(steps, accuracy, alarms):
     return ("caught", first - best) if hacked and first > best else ("false", None)
 
 
-# ---- What came out ---------------------------------------------------------------------------------------------------
+# ---- What came out -----------------------------------------------------------------------------------------
 
 def column(rows, name):
     return [row[name] for row in rows]
 
 
 def outcome(rows, measure, gain=None):
-    """A run's measure where its proxy has gained so much, None if it never does; without a gain, at its end."""
+    """A run's measure where its proxy has gained so much, None if it never does; without gain, at its end."""
     if gain is None:
         return rows[-1][measure]
     return at_level(column(rows, "proxy"), column(rows, measure), rows[0]["proxy"] + gain)
 
 
 def at_equal(axis, gain, *pair):
-    """Two runs' measures, {name: value} each, at equal proxy, network evaluations or updates; None if one isn't there.
+    """Two runs' measures, {name: value}, at equal proxy, network evaluations or updates; None if one lacks.
 
     Equal proxy is the base model's plus `gain`; of the others, as many as the shorter of the two runs has.
     """
@@ -502,7 +511,7 @@ def table(header, rows):
 
 
 def subtracted(ends):
-    """A cell for each measure: the mean of a's minus b's over the pairs (a, b) of {measure: value} that have both."""
+    """A cell for each measure: the mean of a's minus b's over those pairs (a, b) of dicts that have both."""
     return [cell(*mean_interval([a[name] - b[name] for a, b in ends if not math.isnan(a[name] - b[name])]))
             for name in ("proxy", *MEASURES)]
 
@@ -513,25 +522,27 @@ def gained(runs, part):
     for method, configuration in product(part.methods, part.configurations):
         runs_of = of_seeds(runs, part, configuration, method).values()
         for gain in (*part.gains, None) if configuration == "plain" else (None,):
-            ends = [({name: outcome(rows, name, gain) for name in ("proxy", *MEASURES)}, rows[0]) for rows in runs_of
-                    if outcome(rows, "proxy", gain) is not None]
+            ends = [({name: outcome(rows, name, gain) for name in ("proxy", *MEASURES)}, rows[0])
+                    for rows in runs_of if outcome(rows, "proxy", gain) is not None]
             if ends:
                 proxy, *others = subtracted(ends)
-                lines.append([method, configuration, AXES["proxy"].format(gain) if gain else "the last update",
-                              f"{len(ends)} of {len(runs_of)}", "" if gain else proxy, *others])
+                at = AXES["proxy"].format(gain) if gain else "the last update"
+                lines.append([method, configuration, at, f"{len(ends)} of {len(runs_of)}",
+                              "" if gain else proxy, *others])
     return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values()], lines)
 
 
 def differences(runs, part):
-    """Each configuration minus plain, pair by pair, at equal proxy, equal network evaluations, equal updates."""
+    """Each configuration minus plain, pair by pair, at equal proxy, network evaluations and updates."""
     lines = []
     for method, configuration in product(part.methods, (*part.configurations, "scaled")):
         tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, "plain"))
         pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != "plain"]
         for axis, gain in *(("proxy", gain) for gain in part.gains), ("network_evaluations", 0), ("step", 0):
-            # A scaled adapter has no updates of its own, and where updates cost the same two lines would be one.
-            if not pairs or axis != "proxy" and configuration == "scaled" or axis == "network_evaluations" and all(
-                    a[1][axis] == b[1][axis] for a, b in pairs):
+            # A scaled adapter has no updates of its own; and where updates cost the same two lines are one.
+            if not pairs or axis != "proxy" and configuration == "scaled":
+                continue
+            if axis == "network_evaluations" and all(a[1][axis] == b[1][axis] for a, b in pairs):
                 continue
             ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
             proxy, *others = subtracted(ends)
@@ -556,9 +567,9 @@ def steadiness(runs, part):
             lines.append([configuration, f"{fell} of {len(both)}", cell(*share_interval(fell, len(both))),
                           f"{statistics.mean(last):.2f}", f"{min(last):.2f}", f"{statistics.stdev(last):.3f}",
                           *("" if configuration == "plain" else cell(*estimate) for estimate in estimates)])
-    return table(["configuration", f"fell back by {FALL_BACK}", "share", "mean of the last judge scores", "lowest",
-                  "their standard deviation", "depth of the fall, minus plain's", "best judge score, minus plain's",
-                  "standard deviation, over plain's"], lines)
+    return table(["configuration", f"fell back by {FALL_BACK}", "share", "mean of the last judge scores",
+                  "lowest", "their standard deviation", "depth of the fall, minus plain's",
+                  "best judge score, minus plain's", "standard deviation, over plain's"], lines)
 
 
 def rounding(runs, part, again):
@@ -575,8 +586,8 @@ def rounding(runs, part, again):
 
 
 def rivals(runs, part):
-    """What a user would end with, each minus RSA-FT's last adapter, pair by pair. The oracle is the one to read: the
-    judge has chosen some of these itself."""
+    """What a user would end with, each minus RSA-FT's last adapter, pair by pair. The oracle is the one to
+    read: the judge has chosen some of these itself."""
     def last(rows):
         return rows[-1]
 
@@ -587,27 +598,30 @@ def rivals(runs, part):
         return max(rows, key=lambda row: row["judge"])
 
     ends = {"plain": ("plain", last), "plain, stopped at the judge's best": ("plain", stopped),
-            "plain, scaled to the judge's best": ("scaled", stopped), "half the rate": ("twice as long", halfway),
-            "half the rate, twice as long": ("twice as long", last), "mean of two proxies": ("two proxies", last),
+            "plain, scaled to the judge's best": ("scaled", stopped),
+            "half the rate": ("twice as long", halfway),
+            "half the rate, twice as long": ("twice as long", last),
+            "mean of two proxies": ("two proxies", last),
             "RSA-FT, stopped at the judge's best": ("both", stopped)}
+    measures = "proxy", "judge", "oracle_accuracy", "oracle_rmse"
     reference, lines = of_seeds(runs, part, "both"), []
     for name, (configuration, end) in ends.items():
         runs_of = of_seeds(runs, part, configuration)
         pairs = [(end(runs_of[seed]), reference[seed][-1]) for seed in runs_of if seed in reference]
         if pairs:
-            lines.append([name, len(pairs), *(cell(*mean_interval([a[measure] - b[measure] for a, b in pairs]))
-                                              for measure in ("proxy", "judge", "oracle_accuracy", "oracle_rmse"))])
+            minus = [[a[measure] - b[measure] for a, b in pairs] for measure in measures]
+            lines.append([name, len(pairs), *(cell(*mean_interval(values)) for values in minus)])
     return table(["minus RSA-FT's last", "pairs", "proxy", "judge", "oracle accuracy", "oracle error"], lines)
 
 
 def sharpness(runs, parts):
-    """Pearson's correlation over runs of S1 with the judge (the paper: -0.80 and -0.67), here with the oracle too."""
+    """Pearson's correlation over runs of S1 with the judge (the paper: -0.80, -0.67) and with the oracle."""
     lines, gain = [], parts["primary"].gains[0]
     jobs = {job for job in jobs_of(parts) if job in runs and job.world == "tiny"
-            and job.configuration != "two proxies"}                                # whose S1 is that of another reward
+            and job.configuration != "two proxies"}     # whose S1 is that of another reward
     plain = {job for job in jobs if (job.method, job.configuration) == ("draft", "plain")}
-    for (what, chosen), at in product({"all methods and configurations": jobs, "plain DRaFT-1": plain}.items(),
-                                      (None, gain)):
+    named = {"all methods and configurations": jobs, "plain DRaFT-1": plain}
+    for (what, chosen), at in product(named.items(), (None, gain)):
         ends = [[outcome(runs[job], name, at) for name in ("s1", "judge", "oracle_accuracy")]
                 for job in sorted(chosen, key=str)]
         s1, *held_out = list(zip(*(end for end in ends if None not in end))) or [()]
@@ -630,8 +644,8 @@ def alarms(runs_of):
             lines.append([what, caught, missed, *others,
                           cell(*share_interval(caught, caught + missed)) if caught + missed else "",
                           f"{statistics.median(delays):.0f}" if delays else ""])
-    return table(["runs", "hacked, alarm", "hacked, no alarm", "false alarm", "neither", "share of the hacked caught",
-                  "median updates from the oracle's best to the alarm"], lines)
+    return table(["runs", "hacked, alarm", "hacked, no alarm", "false alarm", "neither",
+                  "share of the hacked caught", "median updates from the oracle's best to the alarm"], lines)
 
 
 def every_run(runs, parts):
@@ -649,14 +663,16 @@ def every_run(runs, parts):
 
 def report(runs, parts, pilots):
     """All tables, as Markdown."""
-    text = ["# What came out\n", "By `python experiments/study.py`, which says what the words mean. Estimates have 95 "
-            "percent intervals in brackets."]
+    text = ["# What came out\n", "By `python experiments/study.py`, which says what the words mean. "
+            "Estimates have 95 percent intervals in brackets."]
     for name, part in parts.items():
         done = sum(job in runs for job in part.jobs())
         text.append(f"\n## {name}: {part.question} ({done} of {len(part.jobs())} runs)\n")
         if done:
-            never = {gain: [" ".join([job.method, job.configuration, str(job.seed)]) for job in part.jobs()
-                            if job in runs and outcome(runs[job], "proxy", gain) is None] for gain in part.gains}
+            there = {" ".join([job.method, job.configuration, str(job.seed)]): runs[job]
+                     for job in part.jobs() if job in runs}
+            never = {gain: [run for run, rows in there.items() if outcome(rows, "proxy", gain) is None]
+                     for gain in part.gains}
             text += ["Minus the base model:\n", gained(runs, part), "\nMinus plain, pair by pair:\n",
                      differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
@@ -681,7 +697,7 @@ def report(runs, parts, pilots):
     return f"{text}\n\nIntervals: {text.count('[')}. One in twenty misses the truth by chance alone.\n"
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
+# ---- Figures -----------------------------------------------------------------------------------------------
 
 COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728", "gdro": "#9467bd",
            "crd": "#ff7f0e"}
@@ -695,21 +711,22 @@ PANELS = {"judge": "score of a second reward model,\nnever trained on",
 
 
 def draw_curves(runs, parts, path):
-    """The held-out measures against the score that is trained on: the mean over the seeds and its 95 percent band.
+    """The held-out measures against the score that is trained on: the seeds' mean and its 95 percent band.
 
-    At each score a run counts with its measure where it first reaches it. A curve ends where a quarter of its runs no
-    longer get there. Dotted: the levels of equal proxy.
+    At each score a run counts with its measure where it first reaches it. A curve ends where a quarter of its
+    runs no longer get there. Dotted: the levels of equal proxy.
     """
     from matplotlib import pyplot
     parts = [part for part in parts if len(of_seeds(runs, part, "plain")) > 1] or parts[:1]
-    alike = len({part.world for part in parts}) == 1            # another base model has its scores somewhere else
+    alike = len({part.world for part in parts}) == 1      # another base model has its scores somewhere else
     figure, axes = pyplot.subplots(len(parts), len(PANELS), figsize=(11, 3.4 * len(parts)), squeeze=False,
                                    sharex=alike, sharey="col" if alike else False, layout="constrained")
     for (part, (measure, label)), axis in zip(product(parts, PANELS.items()), axes.flat):
         for configuration in part.configurations:
             runs_of = list(of_seeds(runs, part, configuration).values())
-            points, top = [], max((max(column(rows, "proxy")) - rows[0]["proxy"] for rows in runs_of), default=0)
-            for gain in numpy.linspace(0, top, 100 if runs_of else 0):
+            gains = [max(column(rows, "proxy")) - rows[0]["proxy"] for rows in runs_of]
+            points = []
+            for gain in numpy.linspace(0, max(gains, default=0), 100 if runs_of else 0):
                 values = [outcome(rows, measure, gain) for rows in runs_of]
                 values = [value for value in values if value is not None]
                 if len(values) < max(2, 0.75 * len(runs_of)):
@@ -722,7 +739,8 @@ def draw_curves(runs, parts, path):
                 for gain in part.gains:
                     axis.axvline(x[0] + gain, color="#bbbbbb", linestyle=":", linewidth=1)
         axis.set_xlabel("score that is trained on")
-        axis.set_title(f"{label}\n({TITLES.get(part.world, f'learning rate {float(part.rate):g}')})", fontsize=10)
+        where = TITLES.get(part.world, f"learning rate {float(part.rate):g}")
+        axis.set_title(f"{label}\n({where})", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     for axis in axes[:, 0]:
@@ -733,8 +751,8 @@ def draw_curves(runs, parts, path):
 
 
 def draw_samples(part, settings, folder, path):
-    """Base, plain and RSA-FT at equal proxy: the runs of the first seed once more, for the pictures of the evaluation
-    whose proxy is nearest to the level. The same captions and noise in all three."""
+    """Base, plain and RSA-FT at equal proxy: the runs of the first seed once more, for the pictures of the
+    evaluation whose proxy is nearest to the level. The same captions and noise in all three."""
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.35), layout="constrained")
     shown = {}
@@ -755,7 +773,7 @@ def draw_samples(part, settings, folder, path):
     pyplot.close(figure)
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 
 def quick(folder, workers):
     """Every part and all of the code, with next to no training, in `folder`. Raises AssertionError."""
@@ -765,8 +783,8 @@ def quick(folder, workers):
     parts["primary"] = replace(parts["primary"], configurations=FOUR)
     parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))
     (folder / "prompts.txt").write_text("\n".join(rsaft.read_prompts(rsaft.TINY["prompts"])[:8]))
-    settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4", "--eval-every", "2",
-                "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]
+    settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4",
+                "--eval-every", "2", "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]
     errors = run_parts({"primary": parts["primary"]}, settings, folder, workers)
     first = (folder / "study.csv").read_text()
     errors += run_parts(parts, settings, folder, workers, build_steps=3)
@@ -780,11 +798,13 @@ def quick(folder, workers):
         assert column(runs[job], "step") == sorted({*range(0, last, 2), last}), job
         assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job
     for job in parts["again"].jobs():
-        once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]] for name in ("tiny", "again"))
+        once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]]
+                       for name in ("tiny", "again"))
         assert once == again, f"{job}: on one machine it should be the same"
     plain = parts["primary"].jobs()[0]
     base, end, scaled = runs[plain][0], runs[plain][-1], runs[replace(plain, configuration="scaled")]
-    assert [scaled[0]["proxy"], scaled[-1]["proxy"]] == [base["proxy"], end["proxy"]] and len(scaled) == 5, scaled
+    assert [scaled[0]["proxy"], scaled[-1]["proxy"]] == [base["proxy"], end["proxy"]], scaled
+    assert len(scaled) == 5, scaled
     text = report(runs, parts, {"pilot": parts["rivals"]})
     assert text.count("[") > 100, text
     for name, of in FIGURES.items():
@@ -801,7 +821,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--part", nargs="+", choices=PARTS | PILOTS, metavar="NAME",
                         default=[name for name in PARTS if name != "again"],
-                        help=f"only these of {', '.join(PARTS | PILOTS)} (default: all but again and the pilots)")
+                        help=f"only these of {', '.join(PARTS | PILOTS)} (default: all but again and pilots)")
     parser.add_argument("--report", action="store_true", help="no runs: tables and curves of what is there")
     parser.add_argument("--quick", action="store_true", help="everything in small, in a temporary folder")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: 2)")
@@ -810,7 +830,8 @@ def main():
     if given.quick:
         with tempfile.TemporaryDirectory() as folder:
             return quick(Path(folder), given.workers)
-    parts, errors, samples = {name: (PARTS | PILOTS)[name] for name in given.part}, [], HERE / "study_samples.png"
+    parts = {name: (PARTS | PILOTS)[name] for name in given.part}
+    errors, samples = [], HERE / "study_samples.png"
     if not given.report:
         print(f"about {sum(part.hours for part in parts.values()):.1f} hours, less what study.csv has")
         errors = run_parts(parts, SETTINGS, HERE, given.workers)

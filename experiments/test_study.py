@@ -1,9 +1,10 @@
-"""The arithmetic of study.py, held to formulas written out another way, and what is reported of its runs, held to their
-rows. No models are loaded."""
+"""The arithmetic of study.py, held to formulas written out another way, and what is reported of its runs,
+held to their rows. No models are loaded."""
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_equal_proxy_is_interpolated_at_the_first_crossing():
 
 
 def test_paired_interval_is_that_of_the_textbook():
-    # Student's own sleep data (1908), differences of ten patients: mean 1.58, 95 percent interval 0.70 to 2.46.
+    # Student's own sleep data (1908), differences of ten patients: mean 1.58, interval 0.70 to 2.46.
     differences = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
     assert [round(x, 2) for x in study.mean_interval(differences)] == [1.58, 0.70, 2.46]
     assert study.mean_interval([3.0])[0] == 3.0 and math.isnan(study.mean_interval([3.0])[1])
@@ -50,7 +51,7 @@ def test_falling_back_is_measured_from_the_best_to_the_last():
 def test_ratio_of_spreads_is_exact_and_its_interval_holds_it():
     a = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ratio, low, high = study.spread_interval((2 * a).tolist(), a.tolist())
-    assert abs(ratio - 2) < 1e-9 and abs(low - 2) < 1e-6 and abs(high - 2) < 1e-6     # paired: no uncertainty is left
+    assert abs(ratio - 2) < 1e-9 and abs(low - 2) < 1e-6 and abs(high - 2) < 1e-6    # no uncertainty is left
     b = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ratio, low, high = study.spread_interval(a.tolist(), b.tolist())
     assert low < ratio < high and abs(ratio - (a.std() / b.std()).item()) < 1e-9
@@ -85,7 +86,8 @@ def test_kid_is_the_double_sum_written_out():
             for q in range(3):
                 pairs = [(i, j) for i in range(6) for j in range(6)
                          if prompts[i] == p and prompts[j] == q and (itself or i != j)]
-                kernel = [(torch.dot(a[i], b[j]) / a[i].norm() / b[j].norm() + 1).item() ** 3 for i, j in pairs]
+                kernel = [(torch.dot(a[i], b[j]) / a[i].norm() / b[j].norm() + 1).item() ** 3
+                          for i, j in pairs]
                 total += sum(kernel) / len(kernel) / 9
         return total
 
@@ -108,7 +110,17 @@ def test_kid_of_two_draws_from_one_model_is_0_on_average_and_not_of_two():
 
 def test_diversity_compares_pictures_of_one_prompt_alone():
     embeddings = torch.tensor([[1.0, 0], [0, 3], [0, 2], [0, 5]])
-    assert abs(study.diversity(embeddings, torch.tensor([0, 1, 0, 1])) - 2 ** 0.5 / 2) < 1e-6    # sqrt 2, and 0
+    prompts = torch.tensor([0, 1, 0, 1])
+    assert abs(study.diversity(embeddings, prompts) - 2 ** 0.5 / 2) < 1e-6    # the mean of sqrt 2 and 0
+
+
+def test_random_directions_move_each_picture_by_the_radius():
+    start, batch = torch.rand(2, 3, 4, 4), study.rsaft.micro_batches(["a", "b"], ("a test",), 2)[0]
+    model = SimpleNamespace(denoiser=lambda prompts: None, steps=[], decode=lambda latents: latents)
+    images, prompts = study.random_directions.moved_images(model, study.rsaft.Plan(()), 0.1, batch, start)
+    moves = (images - start.repeat(4, 1, 1, 1)).flatten(1)
+    assert prompts == ["a", "b"] * 4 and torch.allclose(moves.norm(dim=1), torch.tensor(0.1))
+    assert torch.linalg.matrix_rank(moves, tol=1e-2) == 8     # no two of them the same way
 
 
 def test_a_table_of_rows_survives_its_file(tmp_path):
@@ -137,20 +149,22 @@ def test_parts_are_paired_and_none_is_reported_from_a_pilot_seed():
 def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
     for part in (study.PARTS | study.PILOTS).values():
         for job in part.jobs():
-            config = study.rsaft.parse(job.flags(study.SETTINGS, tmp_path), job.program.Config, job.program.TINY)
-            assert config.program == {"gdro": "related/gdro.py", "crd": "related/crd.py"}.get(
-                job.configuration, "rsaft.py")
-            assert (config.seed, config.learning_rate) == (job.seed, float(job.learning_rate))
-            assert config.train_steps == {"twice as long": 120, "gdro": 100, "crd": 150}.get(job.configuration, 60)
-            if job.program is study.rsaft:
-                words = job.configuration.split()
-                assert config.method == job.method
-                assert bool(config.noise) == any(word in words for word in ("noise", "both", "gaussian"))
-                assert bool(config.sam) == any(word in words for word in ("sam", "both", "window"))
+            settings = job.program.parse(job.flags(study.SETTINGS, tmp_path))
+            words, others = job.configuration.split(), {"gaussian": "random_directions"}
+            others |= {"gdro": "gdro", "crd": "crd"}
+            assert job.program.__name__ == others.get(words[0], "rsaft")
+            assert (settings.seed, settings.learning_rate) == (job.seed, float(job.learning_rate))
+            assert settings.train_steps == {"twice": 120, "gdro": 100, "crd": 150}.get(words[0], 60)
+            assert [study.rsaft.short_name(name) for name in settings.eval_reward] == [
+                "judge", "oracle_accuracy", "oracle_rmse"]
+            if words[0] not in ("gdro", "crd"):
+                assert settings.method == job.method
+                assert bool(settings.noise) == any(word in words for word in ("noise", "both", "gaussian"))
+                assert bool(settings.sam) == any(word in words for word in ("sam", "both", "window"))
             else:
-                own = ["--tiny", "--reward", "pickscore", "--seed", str(job.seed)]
-                own = study.rsaft.parse(own, job.program.Config, job.program.TINY)
-                assert config == study.replace(own, eval_every=10, checkpoint_every=0), "their own defaults"
+                own = job.program.parse(["--tiny", "--reward", "pickscore", "--seed", str(job.seed)])
+                own.eval_every, own.eval_reward[0] = 10, study.SETTINGS[-3]
+                assert settings == own, "their own defaults"
 
 
 def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
@@ -160,13 +174,13 @@ def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
         return [{"proxy": 20 + part.gains[0] * step / 20, "step": step, "network_evaluations": step * cost,
                  **dict.fromkeys(study.MEASURES, 10.0 * seed + ahead * step)} for step in (0, 10, 20, 30)]
 
-    runs = {study.Job("brittle", "draft", part.rate, seed, name): rows(seed, ahead, cost) for seed in part.seeds[:4]
+    runs = {part.job("draft", seed, name): rows(seed, ahead, cost) for seed in part.seeds[:4]
             for name, ahead, cost in (("plain", 0.1, 1), ("both", 0.2 + seed / 1e9, 2))}
-    runs[study.Job("brittle", "draft", part.rate, part.seeds[0], "both")].pop()      # this one ends at the level
-    runs[study.Job("brittle", "draft", part.rate, part.seeds[1], "plain")] = rows(part.seeds[1], 0.1, 1)[:2]  # before
+    runs[part.job("draft", part.seeds[0], "both")].pop()         # this one ends at the level
+    del runs[part.job("draft", part.seeds[1], "plain")][2:]      # and this one before
     text = study.differences(runs, part)
-    # At the level all have made 20 updates. At equal cost plain has made 30, 10, 30, 30 and the other half as many,
-    # and the judge ties. At equal updates they have made 20, 10, 30, 30.
+    # At the level all have made 20 updates. At equal cost plain has made 30, 10, 30, 30 and the other half as
+    # many, and the judge ties. At equal updates they have made 20, 10, 30, 30.
     assert f"| both | proxy +{part.gains[0]} | 3 of 4 |  | +2.0000 [+2.0000, +2.0000] |" in text
     assert f"| both | network evaluations | 4 of 4 | {-part.gains[0] * 12.5 / 20:+.4f} [" in text
     assert "| both | updates | 4 of 4 | +0.0000 [+0.0000, +0.0000] | +2.2500 [" in text
@@ -178,7 +192,8 @@ def test_what_is_reported_is_what_the_rows_say():
     assert text == study.report(study.read_rows(study.HERE / "study.csv"), study.PARTS, study.PILOTS)
     interval = re.compile(r"([+-]?\d+\.\d+) \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]")
     there = torch.tensor([[*map(float, found)] for found in interval.findall(text)], dtype=torch.float64)
-    either = torch.cat([there, -there[:, [0, 2, 1]]])       # a text, unlike a table, says "lower by", "of a hundred"
+    # A text, unlike a table, says "lower by" and "of a hundred".
+    either = torch.cat([there, -there[:, [0, 2, 1]]])
     either = torch.cat([either, 100 * either])
     for page in study.HERE.parent / "README.md", study.HERE / "README.md":
         told = [(numbers, there if line.startswith("|") else either) for line in page.read_text().splitlines()

@@ -1,17 +1,17 @@
-"""How far the update of --sam-rollout window is from that of the full second rollout: 20 minutes with one thread.
+"""How far the update of --sam-rollout window is from that of the full second rollout.
 
-    python experiments/window.py
+    python experiments/window.py        # about 20 minutes with one thread
 
-In the small world, for each of the five methods: plain training (seed 0, the settings of --tiny), and after 0, 10,
-20, 30 and 40 updates, from the same weights, prompts and noise, the three gradients of one update: plain, --sam
-with the full second rollout, --sam with the window. Printed are, for each method and radius, the lowest and the
-highest cosine
+In the small world, for each of the five methods: plain training (seed 0, the settings of --tiny), and after
+0, 10, 20, 30 and 40 updates, from the same weights, prompts and noise, the three gradients of one update:
+plain, --sam with the full second rollout, --sam with the window. Printed are, for each method and radius, the
+lowest and the highest cosine
 
     of the two updates         full . window
     of the two corrections     (full - plain) . (window - plain)
 
-A window leaves out what the moved weights do to the steps before the first one with gradient. Where all steps carry
-a gradient, as in AlignProp with K = T, the two are the same update.
+A window leaves out what the moved weights do to the steps before the first one with gradient. Where all steps
+carry a gradient, as in AlignProp with K = T, the two are the same update.
 """
 import sys
 from functools import partial
@@ -31,14 +31,16 @@ def cosines(method):
     settings = rsaft.check(rsaft.parse(["--tiny", "--device", "cpu", "--method", method, "--eval-reward"]))
     model, scores, prompts, _ = rsaft.load(settings)
     params = model.add_adapter(settings.rank, rsaft.named_generator(settings.seed, "lora"))
-    optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay, maximize=True)
+    optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay,
+                                  maximize=True)
 
     def gradient(step, rho_w=0.0, window=False):
         chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
         batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
         plan = rsaft.make_plan(settings, step)
-        rsaft.rsaft_gradient(batches, partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size),
-                             partial(rsaft.sample_images, model, plan), scores.total, params, rho_w=rho_w,
+        make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
+        make_images = partial(rsaft.sample_images, model, plan)
+        rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params, rho_w=rho_w,
                              reuse_starts=window)
         return torch.cat([p.grad.flatten() for p in params])
 

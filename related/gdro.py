@@ -172,8 +172,12 @@ def read_lines(folder):
             if text.count("\n") < len(drawn["prompts"]) * drawn["pictures"]:
                 raise UserError(f"--data {folder} is drawn in part; without --train the same flags draw the "
                                 "rest")
-        lines = [json.loads(line) for line in text.splitlines()]
-        return [{**line, "prompt": str(line["prompt"]), "reward": float(line["reward"])} for line in lines]
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        with explained(f"--data {folder}: line {number} of {LINES} won't do"):
+            line = json.loads(line)
+            lines.append({**line, "prompt": str(line["prompt"]), "reward": float(line["reward"])})
+    return lines
 
 
 def read_pictures(settings, model, folder, lines):

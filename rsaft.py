@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import functools
 import gc
 import hashlib
 import importlib.util
@@ -54,7 +53,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 
 
-# ---- One sampling step. Every deterministic sampler here is linear in the latents and the network's output. 
+# ---- One sampling step: linear in the latents and the network's output, as every deterministic sampler -----
 
 @dataclass(frozen=True)
 class Step:
@@ -282,9 +281,9 @@ def sample_images(model, plan, batch, start):
 
 # ---- The reward's gradient, and the two perturbations ------------------------------------------------------
 # A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32, and B
-# prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about 1e-5. A bfloat16 picture
-# plus d is that picture again, and a norm computed in bfloat16 is 10 to 30 percent off. So halves are made
-# float32 here.
+# prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about 1e-5, and bfloat16, whose
+# step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So halves are made float32
+# here.
 
 def at_least_float32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -336,8 +335,9 @@ def perturbed(params, epsilons):
     """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, in any case.
 
     Backward belongs inside (gradient checkpointing would silently recompute at theta), the optimizer's step
-    outside: what it does inside is undone. Yields the displacements reached, after rounding. Adding and then
-    subtracting would not be exact, so the values are copied and copied back.
+    outside: what it does inside is undone. Yields the displacements reached, after rounding, which takes most
+    of them from half weights. Adding and then subtracting isn't exact, so the values are copied and copied
+    back.
     """
     originals = [p.detach().clone() for p in params]
     try:
@@ -389,11 +389,12 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
         B = len(batch.prompts)
         share = B / (total.item() * len(prompts))                       # one picture's share in the mean
         r, g = reward_gradient(reward, x0, prompts)
-        d = sample_perturbation(g, rho)                                 # Eq. 15; 0 at radius 0
+        d = sample_perturbation(g, rho) if rho > 0 else 0.0             # Eq. 15
         first_pass.append((r, d))
-        reached = x0.detach() + d - x0.detach()                         # d, as far as rounding lets it
-        means.add(reward=r[:B], noise_norm=reached.flatten(1).norm(dim=1),
-                  fall_predicted=-(g * d).flatten(1).sum(1))
+        means.add(reward=r[:B])
+        if rho > 0:
+            arrived = x0.detach() + d - x0.detach()                     # d, as far as rounding lets it
+            means.add(noise_norm=arrived.flatten(1).norm(dim=1), fall_predicted=-(g * d).flatten(1).sum(1))
         if rho > 0 and rho_w == 0:
             r_worst, g = reward_gradient(reward, x0 + d, prompts)
             means.add(worst_reward=r_worst[:B], fall_measured=r - r_worst)
@@ -421,11 +422,8 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     log = means.over_processes()
     if rho_w > 0:
         log["sam_norm"] = nn.utils.get_total_norm(reached).item()
-        log["fall_predicted"] -= sum((g * e).sum().item() for g, e in zip(gradients, epsilons))
-    if rho == 0:
-        del log["noise_norm"]
-    if rho == rho_w == 0:
-        del log["fall_predicted"]
+        slope = rho_w * nn.utils.get_total_norm(gradients).item()       # -<gradient, e>
+        log["fall_predicted"] = log.get("fall_predicted", 0.0) + slope
     return log
 
 
@@ -492,15 +490,15 @@ def add_lora(network, rank, generator=None, targets=("to_q", "to_k", "to_v", "to
     Returns the trained parameters, a list of float32 tensors in a fixed order: A, B, A, B ... Raises
     ValueError where no layer has such a name, or the rank is above a layer's width.
     """
-    network.requires_grad_(False)
     endings = tuple(f".{target}" for target in targets)
     found = [(name, module) for name, module in network.named_modules()
-             if name.endswith(endings) and isinstance(module, nn.Linear)]
+             if f".{name}".endswith(endings) and isinstance(module, nn.Linear)]
     if not found:
         raise ValueError(f"the adapter has no place: no linear layer is named {', '.join(targets)}")
     largest = min(min(linear.in_features, linear.out_features) for _, linear in found)
     if rank > largest:
         raise ValueError(f"rank {rank} is above {largest}, the width of the smallest layer that is tuned")
+    network.requires_grad_(False)
     for name, linear in found:
         network.set_submodule(name, LoRALinear(linear, rank, generator))
     return [p for p in network.parameters() if p.requires_grad]
@@ -584,13 +582,20 @@ def is_out_of_memory(error):
 
 
 @contextlib.contextmanager
-def explained(problem):
-    """Inside the with block any exception becomes a UserError, one line: the problem and its cause."""
+def explained(problem, guests=None):
+    """Inside the with block any exception becomes a UserError, one line: the problem and its cause.
+
+    guests: the folder of a reward's file; the line then names the place in it where the exception came from.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if guests and Path(frame.filename).resolve().parent == guests]
+        if own:
+            problem += f" at {Path(own[-1].filename).name}:{own[-1].lineno} (RSAFT_TRACEBACK=1 shows all)"
         raise UserError(f"{problem}: {in_words(error)}") from error
 
 
@@ -713,7 +718,7 @@ class Backbone:
         the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        asked = [""] * len(prompts) + prompts if scale > 1 else prompts
+        asked = [*[""] * len(prompts), *prompts] if scale > 1 else prompts
         self.encode_prompts(asked)
         encoded = [self.encoded[prompt] for prompt in asked]
         conditions = [torch.cat(tensors).to(self.device) for tensors in zip(*encoded)]
@@ -831,7 +836,8 @@ def clip_pixels(images, size, pad=False):
     H, W = images.shape[-2:]
     if (H, W) != (size, size):
         if pad:
-            H, W = round(H * size / max(H, W)), round(W * size / max(H, W))
+            scale = size / max(H, W)
+            H, W = round(H * scale), round(W * scale)
         else:    # CLIP's own cuts off where HPSv2's rounds
             H, W = int(H * size / min(H, W)), int(W * size / min(H, W))
         images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True)
@@ -893,24 +899,30 @@ def short_name(name):
     return name.rpartition(":")[2]
 
 
-@functools.cache
 def import_file(path):
     """The module of a Python file that may import its neighbours; once, so that functions share its state."""
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"{path.stem} in {folder}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)    # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return module
+    path = Path(path).resolve()
+    name = f"{path.stem} in {path.parent}"
+    if name not in sys.modules:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)    # dataclasses look it up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def find_reward(name, models=None):
     """The loader of a reward found by name, and {file: folder or hub id}; loads nothing. Raises UserError."""
     leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
     if name in leaves:
-        leaf = import_file(leaves[name])
-        load, files = leaf.load, leaf.FILES
+        with explained(f"the reward {name} doesn't load", HERE / "rewards"):
+            leaf = import_file(leaves[name])
+            load, files = leaf.load, leaf.FILES
     elif name == "pickscore":
         load, files = load_pickscore, PICKSCORE_FILES
     else:
@@ -926,21 +938,6 @@ def find_reward(name, models=None):
     return load, {file: sources[source] for file, source in files.items()}
 
 
-@contextlib.contextmanager
-def guest(name):
-    """Inside the with block whatever a reward raises becomes one line that says where in its own file."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        folder = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder] or frames
-        raise UserError(f"the reward {name} failed at {Path(own[-1].filename).name}:{own[-1].lineno}, "
-                        f"{in_words(error)}; RSAFT_TRACEBACK=1 shows all of it") from error
-
-
 def make_reward(name, models=None, device="cpu"):
     """The reward `name` as a function reward(images, prompts) -> (B,), float32.
 
@@ -950,7 +947,8 @@ def make_reward(name, models=None, device="cpu"):
     isn't found or doesn't load; so does the function returned where it fails, or gives no finite number per
     picture.
     """
-    with guest(name):
+    guests = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
+    with explained(f"the reward {name} doesn't load", guests):
         if own_file(name):
             score = getattr(import_file(own_file(name)), short_name(name))
         else:
@@ -958,7 +956,7 @@ def make_reward(name, models=None, device="cpu"):
             score = load(files, device)
 
     def reward(images, prompts):
-        with guest(name):
+        with explained(f"the reward {name} failed", guests):
             scores = score(images.clone(), list(prompts))
         if not isinstance(scores, torch.Tensor):
             raise UserError(f"the reward {name} returned a {type(scores).__name__}, not a tensor")
@@ -981,7 +979,7 @@ def try_reward(name, reward, prompts, height, width, device):
         images = picture.repeat(len(few), 1, 1, 1).requires_grad_()
         scores = reward(images, few)
         if scores.requires_grad:
-            with guest(name):
+            with explained(f"the gradient of the reward {name} failed"):
                 gradients.append(torch.autograd.grad(scores.sum(), images, allow_unused=True)[0])
     return bool(gradients) and all(g is not None and g.isfinite().all() for g in gradients)
 
@@ -1280,7 +1278,7 @@ class Run:
             say(f"ALARM: reward hacking at step {alarms}, the reward rose and {best['judge']} fell" if alarms
                 else "no alarm")
         else:
-            say("nothing was held out, so reward hacking could not be seen; see --eval-reward")
+            say("nothing held out was measured, so reward hacking could not be seen; see --eval-reward")
         say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:")
         say(f"    python tools/evaluate.py {self.out}{f' {self.out}/best' if best else ''}")
         say(f"    python tools/plot.py {self.out}")

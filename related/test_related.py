@@ -275,10 +275,13 @@ def test_the_schedules_of_the_copies_are_those_of_the_publication():
 
 # ---- Copies of one adapter in one network ------------------------------------------------------------------
 
-def new_model(guidance_scale=1.0):
-    """The model and the parameters that the small runs, with seed 0 and rank 4, begin with."""
+def new_model(guidance_scale=1.0, weights=None):
+    """The model and its adapter as seed 0 and rank 4 make them, or with other weights in the adapter."""
     model = rsaft.load_model(str(MODEL), 4, guidance_scale)
-    return model, model.add_adapter(4, rsaft.named_generator(0, "lora"))
+    params = model.add_adapter(4, rsaft.named_generator(0, "lora"))
+    for p, value in zip(params, weights or params, strict=True):
+        p.data.copy_(value)
+    return model, params
 
 
 def test_with_b_at_zero_the_network_is_the_frozen_one_to_the_bit_and_all_differences_are_exactly_0():
@@ -645,32 +648,6 @@ def test_an_update_of_gdro_costs_one_evaluation_without_and_one_with_gradient_an
     assert second["best_error"] != pytest.approx(second["best_error_ref"], rel=1e-6)    # the reference stays
 
 
-def test_gdros_first_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(small_gdro, drawn):
-    """At t uniform over all of 0..999: other bounds would give other t."""
-    from safetensors.torch import load_file
-    lines = [json.loads(line) for line in (drawn / "pictures.jsonl").read_text().splitlines()]
-    (model, params), loss, best, rewards = new_model(), 0, [], []
-    for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, 0, 2)):
-        rng = rsaft.named_generator(0, 0, number, "group")
-        pictures = [line for line in lines if line["prompt"] == prompt]
-        group = [pictures[i] for i in torch.randperm(4, generator=rng)[:3]]
-        stems, r = [line["file"][:6] for line in group], torch.tensor([line["reward"] for line in group])
-        x0 = torch.stack([load_file(drawn / f"{stem}.safetensors")["latents"] for stem in stems])
-        t = torch.randint(1000, (), generator=rng).item()
-        y = torch.randn(x0.shape, generator=rng)
-        error = (y - predict(model, noised(model, x0, y, t), t, prompt)).square().mean((1, 2, 3))
-        s = error.detach() - error    # beta is 1, and a new adapter is the reference
-        loss = loss + (gdro.gdro_loss(s, r, 0.2) + 0.7 * error[r.argmax()]) / 2
-        best.append(error[r.argmax()].item())
-        rewards.append(r.mean().item())
-    loss.backward()
-    record = records(small_gdro.out)[0]
-    assert record["reward"] == pytest.approx(sum(rewards) / 2)
-    assert record["best_error"] == pytest.approx(sum(best) / 2, rel=1e-4)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
-    assert record["grad_norm"] == pytest.approx(norm, rel=1e-3)
-
-
 def noised(model, x0, noise, t):
     squared_alpha = model.pipe.scheduler.alphas_cumprod[t]
     return squared_alpha.sqrt() * x0 + (1 - squared_alpha).sqrt() * noise
@@ -680,6 +657,37 @@ def predict(model, x, t, prompt):
     """What diffusers' own network says of x, without guidance."""
     embeds, _ = model.pipe.encode_prompt([prompt] * len(x), "cpu", 1, False)
     return model.network(x, t, encoder_hidden_states=embeds).sample
+
+
+@pytest.mark.parametrize("made", [0, 2])
+def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
+        made, small_gdro, gdro_lives, drawn):
+    """By hand, the update after `made`. t is uniform over 0..999; other bounds would give other t."""
+    from safetensors.torch import load_file
+    lines = [json.loads(line) for line in (drawn / "pictures.jsonl").read_text().splitlines()]
+    trained = {life.updates: life.state["extra"] for life in gdro_lives}.get(made)
+    (model, params), (frozen, _), loss, best, rewards = new_model(weights=trained), new_model(), 0, [], []
+    for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, made, 2)):
+        rng = rsaft.named_generator(0, made, number, "group")
+        pictures = [line for line in lines if line["prompt"] == prompt]
+        group = [pictures[i] for i in torch.randperm(4, generator=rng)[:3]]
+        stems, r = [line["file"][:6] for line in group], torch.tensor([line["reward"] for line in group])
+        x0 = torch.stack([load_file(drawn / f"{stem}.safetensors")["latents"] for stem in stems])
+        t = torch.randint(1000, (), generator=rng).item()
+        y = torch.randn(x0.shape, generator=rng)
+        x = noised(model, x0, y, t)
+        error, error_ref = ((y - predict(each, x, t, prompt)).square().mean((1, 2, 3))
+                            for each in (model, frozen))
+        s = error_ref.detach() - error    # beta is 1
+        loss = loss + (gdro.gdro_loss(s, r, 0.2) + 0.7 * error[r.argmax()]) / 2
+        best.append(error[r.argmax()].item())
+        rewards.append(r.mean().item())
+    loss.backward()
+    record = records(small_gdro.out)[made]
+    assert record["reward"] == pytest.approx(sum(rewards) / 2)
+    assert record["best_error"] == pytest.approx(sum(best) / 2, rel=1e-4)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 # ---- CRD's training ----------------------------------------------------------------------------------------
@@ -713,54 +721,74 @@ def test_crds_copies_follow_their_schedules_draw_the_pictures_and_survive_a_stop
     assert records(lives[-1].out)[4]["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
 
 
-def first_update(state, form="square", temperature=None, adaptive=True, kl=0.1, scale=4.5, by_reward=True):
-    """By hand, on the pictures in a checkpoint of epoch 0: (regression, anchor, gradient norm) of update 1.
+def update_by_hand(made, drawn, before=None, form="square", temperature=None, adaptive=True, kl=0.1,
+                   scale=4.5, by_reward=True):
+    """Regression, anchor and gradient norm of the update after `made`.
 
-    With t uniform over 10..999, the noisiest 99 percent: other bounds would give other t.
+    drawn: a checkpoint with the pictures; before: the one that the update goes on from. t is uniform over
+    10..999, the noisiest 99 percent; other bounds would give other t.
     """
-    *_, latents, rewards = state["extra"]
-    (model, params), regression, anchor = new_model(), 0, 0
-    for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, 0, 2)):
-        rng, R = rsaft.named_generator(0, 0, number, "regression"), crd.scaled_advantage(rewards[number])
+    (frozen, params), regression, anchor = new_model(), torch.tensor(0.0), torch.tensor(0.0)
+    model = old = frozen
+    if before:
+        old, _ = new_model(weights=before["extra"][:len(params)])
+        model, params = new_model(weights=before["adapter"].values())
+    *_, latents, rewards = drawn["extra"]
+    for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, made // 2, 2)):
+        rng, R = rsaft.named_generator(0, made, number, "regression"), crd.scaled_advantage(rewards[number])
         t = torch.randint(10, 1000, (), generator=rng).item()
         y = torch.randn(latents[number].shape, generator=rng)
         x = noised(model, latents[number], y, t)
-        f, unconditional = predict(model, x, t, prompt), predict(model, x, t, "")
-        f_ref = (unconditional + scale * (f - unconditional)).detach()    # a new adapter is no change
-        r = crd.implicit_reward(f, f.detach(), y, adaptive)
+        f = predict(model, x, t, prompt)
+        with torch.no_grad():
+            f_old, f_ref, unconditional = (predict(old, x, t, prompt), predict(frozen, x, t, prompt),
+                                           predict(frozen, x, t, ""))
+            f_ref = unconditional + scale * (f_ref - unconditional)
+        r = crd.implicit_reward(f, f_old, y, adaptive)
         regression = regression + crd.crd_loss(r, R, form=form, temperature=temperature) / 2
         anchor = anchor + crd.anchor_loss(f, f_ref, R, kl, by_reward) / 2 if kl else anchor
     (regression + anchor).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
-    return [regression.item(), anchor.item() if kl else 0, norm]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    return [regression.item(), anchor.item(), norm.item()]
 
 
-def test_crds_first_update_is_the_gradient_of_its_loss_and_its_guards_are_what_their_flags_say(
-        tmp_path, small_crd, crd_lives):
-    logs = {"all": records(small_crd.out)[:2]}
-    for name, updates, flags, settings, without in [
-            ("all", 2, [], {}, 3),
-            ("unguided", 2, ["--anchor-scale", 1, "--loss", "bce"], {"scale": 1, "form": "bce"}, 2),
-            ("constant", 1, ["--anchor-weight", "constant"], {"by_reward": False}, 3),
-            ("one", 1, ["--kl", 0, "--error-weight", "one"], {"kl": 0, "adaptive": False}, 1),
-            ("warm", 1, ["--kl", 0, "--temperature", 0.5], {"kl": 0, "temperature": 0.5}, 1)]:
-        state = crd_lives[0].state
-        if name != "all":
+def logged(record):
+    return [record["regression"], record.get("anchor", 0), record["grad_norm"]]
+
+
+def test_crds_update_is_the_gradient_of_its_loss(small_crd, crd_lives):
+    """The last, alone in its epoch: OLD has moved away from the frozen model, and the adapter from OLD."""
+    before, after = crd_lives[-2].state, crd_lives[-1].state
+    expected = update_by_hand(4, drawn=after, before=before)
+    assert logged(records(small_crd.out)[4]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
+    """By update 1, where nothing has moved yet."""
+    first = {}
+    for name, flags, settings, without in [
+            ("all", [], {}, 3),
+            ("unguided", ["--anchor-scale", 1], {"scale": 1}, 2),
+            ("constant", ["--anchor-weight", "constant"], {"by_reward": False}, 3),
+            ("bce", ["--kl", 0, "--loss", "bce"], {"kl": 0, "form": "bce"}, 1),
+            ("one", ["--kl", 0, "--error-weight", "one"], {"kl": 0, "adaptive": False}, 1),
+            ("warm", ["--kl", 0, "--temperature", 0.5], {"kl": 0, "temperature": 0.5}, 1)]:
+        out, state = small_crd.out, crd_lives[0].state
+        if flags:
             out = tmp_path / name
-            assert small_crd.run(*small_crd.flags, *flags, "--train-steps", updates, "--out", out) == 0
-            logs[name], state = records(out), checkpoint(out)
-        first = logs[name][0]
-        found = [first["regression"], first.get("anchor", 0), first["grad_norm"]]
-        assert found == pytest.approx(first_update(state, **settings), rel=1e-3, abs=1e-6)
-        assert ("anchor" in first) == (settings.get("kl") != 0)
-        for record, drawing in zip(logs[name], (6 * 4, 0)):
-            assert record["network_evaluations_with_gradient"] == 6
-            assert record["network_evaluations_without_gradient"] == 6 * without + drawing
-    assert abs(logs["all"][1]["regression"] - logs["all"][0]["regression"]) > 1e-5    # r has moved from OLD
-    assert logs["unguided"][0]["anchor"] == 0 < logs["unguided"][1]["anchor"]    # held to the frozen model
-    assert logs["all"][0]["anchor"] < logs["constant"][0]["anchor"]              # R is below 1
-    assert len({log[0]["regression"] for log in logs.values()}) == 3      # square, bce, with a temperature
-    assert len({log[0]["reward"] for log in logs.values()}) == 1
+            assert small_crd.run(*small_crd.flags, *flags, "--train-steps", 1, "--out", out) == 0
+            state = checkpoint(out)
+        first[name] = records(out)[0]
+        assert logged(first[name]) == pytest.approx(update_by_hand(0, state, **settings), rel=1e-3, abs=1e-6)
+        assert ("anchor" in first[name]) == (settings.get("kl") != 0)
+        assert first[name]["network_evaluations_with_gradient"] == 6
+        assert first[name]["network_evaluations_without_gradient"] == 6 * without + 6 * 4    # and the drawing
+    second = records(small_crd.out)[1]
+    assert second["network_evaluations_with_gradient"] == 6
+    assert second["network_evaluations_without_gradient"] == 6 * 3    # the same pictures
+    assert first["unguided"]["anchor"] == 0 < first["all"]["anchor"] < first["constant"]["anchor"]
+    assert len({record["regression"] for record in first.values()}) == 3    # square, bce, with a temperature
+    assert len({record["reward"] for record in first.values()}) == 1
 
 
 def test_a_differentiable_reward_has_its_sharpness_measured_here_too(tmp_path, small_crd):

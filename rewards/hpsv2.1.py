@@ -1,4 +1,8 @@
 """HPSv2.1: HPSv2 with other weights; about 14 to 32."""
-from hpsv2 import FILES as HPSV2_FILES, load  # noqa: F401, load is what rsaft.py looks for
+from pathlib import Path
 
-FILES = {"HPS_v2.1_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": HPSV2_FILES["tokenizer_config.json"]}
+from rsaft import import_file
+
+hpsv2 = import_file(Path(__file__).with_name("hpsv2.py"))    # by its path: there is a package of that name
+load = hpsv2.load
+FILES = {"HPS_v2.1_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": hpsv2.FILES["tokenizer_config.json"]}

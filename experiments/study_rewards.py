@@ -1,0 +1,37 @@
+"""Two rewards of study.py, by FILE.py:FUNCTION: the judge of the small world, watched, and a second proxy.
+
+By hand, once study.py has built that proxy (the judge that --tiny brings along scores the same):
+
+    python rsaft.py --tiny --reward pickscore=0.5 experiments/study_rewards.py:second=0.5
+"""
+import functools
+from pathlib import Path
+
+import rsaft
+
+EMBEDDINGS = []      # of all pictures that this process's judge has scored, in order; study.py clears them
+WORLDS = Path(__file__).resolve().parent / "worlds"      # study.py may put another folder here
+
+
+@functools.cache
+def load_judge():
+    from transformers import CLIPModel
+    folder = Path(rsaft.TINY["models"], "judge")
+    model = rsaft.load_complete(CLIPModel, folder)
+    model.visual_projection.register_forward_hook(lambda *call: EMBEDDINGS.append(call[-1].detach()))
+    return rsaft.clip_reward(model, folder, "cpu", model.logit_scale.exp().item())
+
+
+@functools.cache
+def load_second(folder):
+    return rsaft.load_pickscore(dict.fromkeys(rsaft.PICKSCORE_FILES, folder), "cpu")
+
+
+def judge(images, prompts):
+    """The score of the judge in tiny/, (B,); the image embeddings that it computes go to EMBEDDINGS."""
+    return load_judge()(images, prompts)
+
+
+def second(images, prompts):
+    """The score of the proxy that study.py builds beside the first, (B,)."""
+    return load_second(WORLDS / "second" / "second")(images, prompts)

@@ -6,7 +6,6 @@ Plain training by rsaft.py, with its flags, but at each picture the reward's gra
 DRAWS pictures, the same one moved by the radius of --noise in random directions. `reward` in the log is that
 of the first of them.
 """
-import functools
 import sys
 from functools import partial
 from pathlib import Path
@@ -56,7 +55,7 @@ def train(settings):
 
 
 parse = rsaft.parse
-main = functools.partial(rsaft.main, train=train, program="experiments/random_directions.py")
+main = partial(rsaft.main, train=train, program="experiments/random_directions.py")
 
 if __name__ == "__main__":
     sys.exit(main())

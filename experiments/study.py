@@ -7,11 +7,12 @@
     python experiments/study.py --quick     # the same in small, in a temporary folder: does it still work?
 
 Every run is a command line, of rsaft.py but for PROGRAMS, so any row of study.csv can be made again by hand,
-on one machine bit for bit. A study that was killed goes on when its command is repeated: a run whose rows are
-in study.csv is not run again. What is in the tables below was written down before the reported runs: parts,
-seeds, radii, rates, levels, measures. (The levels of "brittle" while they ran, unseen; those of "breadth",
-which are the primary's, when its pilot and two of its own runs had been seen. "again" was added when all the
-rest was there.) The order of importance is theirs.
+on one machine bit for bit ("gaussian" but for rounding: the runs there summed in another order). A study that
+was killed goes on when its command is repeated: a run whose rows are in study.csv is not run again. What is
+in the tables below was written down before the reported runs: parts, seeds, radii, rates, levels, measures.
+(The levels of "brittle" while they ran, unseen; those of "breadth", which are the primary's, when its pilot
+and two of its own runs had been seen. "again" was added when all the rest was there.) The order of importance
+is theirs.
 
 THE PRIMARY COMPARISON is RSA-FT with both perturbations minus plain DRaFT-1 in the part "primary", at equal
 proxy, at its first level: the judge's score and the oracle's accuracy, 16 paired seeds. A second hypothesis,
@@ -275,8 +276,8 @@ def perform(job, settings, worlds, out):
     """Do a run in the folder `out`. Returns {configuration: its rows}. Raises RuntimeError.
 
     After a plain DRaFT-1 run in `tiny` its adapter is also judged at the other SCALES, as the configuration
-    "scaled"; the step of such a row is the scale's share of the updates, and the run's own first and last row
-    complete them.
+    "scaled" (by hand: tools/evaluate.py --lora-scale); the step of such a row is the scale's share of the
+    updates, and the run's own last row completes them.
     """
     study_rewards.WORLDS = worlds
     flags = job.flags(settings, worlds)

@@ -1,27 +1,30 @@
 """RSA-FT: Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models, in one file.
 
-The method of Kim & Sim, CVPR 2026 (arXiv 2603.21175); equation numbers are that paper's. A diffusion model is
-tuned by gradient ascent on a differentiable reward r of its own pictures, backpropagated through part of a
-DDIM rollout: as much as one of five published methods does, DRaFT-1 by default (arXiv 2309.17400):
+The method of Kim & Sim, CVPR 2026 (arXiv 2603.21175); equation numbers are that paper's, which is known here
+from its abstract and from public summaries. A diffusion model is tuned by gradient ascent on a differentiable
+reward r of its own pictures. The gradient goes back through part of a DDIM rollout; through which part, one
+of five published methods says, DRaFT-1 by default (arXiv 2309.17400):
 
     max_theta  E_{c, xT} [ r( x0(xT, c; theta), c ) ]                                   (Eq. 4)
 
 Where the reward's surface is steep, pictures get a higher score without getting better: reward hacking.
-RSA-FT follows the gradient of a flattened reward instead, that of the worst nearby picture and weights:
+RSA-FT follows the gradient of a flattened reward instead, that at the worst nearby picture and weights:
 
     d = -rho   grad_x0 r    / |grad_x0 r|        one per picture              --noise   (Eq. 15)
     e = -rho_w grad_theta r / |grad_theta r|     one for all trained weights  --sam     (Eq. 17)
 
     max_theta  E_{c, xT} [ r( x0(xT, c; theta + e) + d, c ) ]                           (Eq. 19)
 
-Try it on any laptop, with the small trained models of tiny/, then on Stable Diffusion 1.5:
+Without the two flags it is plain reward fine-tuning. Despite its flag's name d is no random noise. Try it on
+any laptop, with the small trained models of tiny/, then on Stable Diffusion 1.5:
 
     python rsaft.py --tiny --reward pickscore --sam --noise
     python rsaft.py --reward pickscore --sam --noise
 
 The story comes first: sampling step, rollout, perturbations, Algorithm 1, LoRA, and the training loop,
-`train`. What these stand on follows: errors, loading, the model, rewards, evaluation, the run, flags. Down to
-LoRA all is tensors in, tensors out: copy what you need, it brings nothing but torch along.
+`train`. Supporting code follows: errors, loading, the model, rewards, evaluation, the run, flags. What stands
+before LoRA needs torch and the standard library alone: copy from it. Parameters without a caller here are for
+related/, tools/ and experiments/, which import this file.
 """
 import signal
 
@@ -53,7 +56,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 
 
-# ---- One sampling step: linear in the latents and the network's output, as every deterministic sampler -----
+# ---- One sampling step, linear in the latents and the network's output -----------------------------------
 
 @dataclass(frozen=True)
 class Step:
@@ -91,7 +94,7 @@ def ddim_steps(scheduler, sampling_steps):
         raise ValueError(f"the scheduler's spacing can't make {sampling_steps} steps; take another number")
     steps = []
     for t in scheduler.timesteps.tolist():
-        # Trap: the next alpha is read a T-th of the schedule further on; the next of `timesteps` may differ.
+        # Trap: DDIM goes down by num_train_timesteps // T, which may differ from the next of `timesteps`.
         t_next = t - config.num_train_timesteps // sampling_steps
         squared = float(scheduler.alphas_cumprod[t])
         after = scheduler.alphas_cumprod[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod
@@ -196,7 +199,7 @@ def rollout(denoise, x, steps, plan, first=0, stop=None):
             f = denoise(x.detach() if plan.detach_input else x, step.t)
         if plan.predict_x0 and i == len(plan.grad) - 1:
             return step.x0(x, f)
-        x = step.next(x, f)    # outside the block: DRTune's gradient flows through here alone
+        x = step.next(x, f)    # also where the network has no gradient: DRTune's flows through here alone
     return x
 
 
@@ -206,21 +209,11 @@ def renoise(denoise, x0, step, noise):
     return step.x0(x, denoise(x, step.t))
 
 
-def network_evaluations(plan, branches=2, second_rollout=False, reuse_starts=False):
-    """The UNet evaluations that a picture costs: (without gradient, with gradient).
-
-    branches: evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient, the
-    first at index w, and n renoised pictures: branches (S - K) and branches (K + n). A second rollout costs
-    the same once more, but where it reuses the starts of the first one branches w less.
-    """
-    S, K = len(plan.grad), sum(plan.grad)
-    again = S - K - (plan.first_grad_step if reuse_starts else 0) if second_rollout else 0
-    return branches * (S - K + again), branches * (K + plan.renoised) * (1 + second_rollout)
-
+# ---- Pictures, and noise that depends on its name alone ----------------------------------------------------
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, and the random numbers that belong to them: `names` has one name for each picture, a tuple."""
+    """Prompts, and for each picture the name that seeds its noise, a tuple such as (seed, update, i)."""
     prompts: list
     names: list
 
@@ -231,7 +224,7 @@ class Batch:
 
 
 def named_generator(*name):
-    """A CPU generator seeded by `name`, any numbers and strings; independent of every other name's.
+    """A CPU generator seeded by `name`, any numbers and strings.
 
     So noise depends on what it is for, never on the order of the draws, on micro-batches or on processes.
     """
@@ -316,7 +309,7 @@ def sample_perturbation(gradient, rho):
 
 
 def parameter_perturbation(gradients, rho):
-    """e = -rho g / |g| with one norm over all tensors: SAM's step (arXiv 2010.01412), turned round (Eq. 17).
+    """e = -rho g / |g| with one norm over all tensors: SAM's step (arXiv 2010.01412), downhill (Eq. 17).
 
     gradients: list of tensors, the REWARD's gradient over the WHOLE batch: negate where .grad is a loss's,
     else e is the best nearby point. rho: the global L2 norm of e, in units of the parameters. Returns a list
@@ -332,11 +325,12 @@ def parameter_perturbation(gradients, rho):
 
 @contextlib.contextmanager
 def perturbed(params, epsilons):
-    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits again, in any case.
+    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits, even after an
+    exception.
 
     Backward belongs inside (gradient checkpointing would silently recompute at theta), the optimizer's step
-    outside: what it does inside is undone. Yields the displacements reached, after rounding, which takes most
-    of them from half weights. Adding and then subtracting isn't exact, so the values are copied and copied
+    outside: what it does inside is undone. Yields what was really added, after rounding; in half
+    precision most of e is lost. Adding and then subtracting isn't exact, so the values are copied and copied
     back.
     """
     originals = [p.detach().clone() for p in params]
@@ -367,15 +361,17 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
     batches: list of Batch, the micro-batches of one update; with several processes, those of this one.
     make_starts: batches -> for each the latents before the first step with gradient, as `sample_starts`.
-    make_images: (batch, start) -> (images, prompts) with a graph to `params`, as `sample_images`. Both give
-    the same each time for the same weights. reward: (images, prompts) -> one value per picture. rho: radius
-    of the pictures' perturbation; rho_w: of the weights'. reuse_starts: the second rollout begins where the
-    gradient does, with the latents of the first. That is not the paper's: e then reaches the picture through
-    those steps alone that are differentiated.
+    make_images: (batch, start) -> (images, prompts) with a graph to `params`, as `sample_images`. Both must
+    give the same again for the same weights, so no dropout. reward: (images, prompts) -> one value per
+    picture. rho: radius of the pictures' perturbation; rho_w: of the weights', over all `params` together.
+    reuse_starts: begin the second rollout with the first one's starts instead of with noise; cheaper, but not
+    the paper's: e then acts only from the first step with gradient on. What was in p.grad is dropped.
+    Processes are summed over here: no DDP around it.
 
     Returns a dict of floats, means over the pictures: `reward` at theta and x0 and, with a perturbation,
-    `worst_reward` where the gradient is taken, the norms reached, and the fall of the reward from one to the
-    other, as the first order predicts it, -mean <g, d> - <gradient, e>, and as measured.
+    `worst_reward` where the gradient is taken (both of each prompt's first picture), the norms reached, and
+    the fall of the reward from one to the other (of all pictures), to first order, -mean <g, d> - <gradient,
+    e>, and measured.
     """
     means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))
@@ -387,7 +383,7 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     for batch, start in zip(batches, starts):                           # first pass, at theta
         x0, prompts = make_images(batch, start)
         B = len(batch.prompts)
-        share = B / (total.item() * len(prompts))                       # one picture's share in the mean
+        share = B / (total.item() * len(prompts))                       # 1 / the number of all pictures
         r, g = reward_gradient(reward, x0, prompts)
         d = sample_perturbation(g, rho) if rho > 0 else 0.0             # Eq. 15
         first_pass.append((r, d))
@@ -457,13 +453,18 @@ def distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def rank():
+def process_index():
     """The number of this process; process 0 writes and prints."""
     return torch.distributed.get_rank() if distributed() else 0
 
 
-def processes():
+def process_count():
     return torch.distributed.get_world_size() if distributed() else 1
+
+
+def my_share(batches):
+    """Those of a list that this process takes, in turn with the others."""
+    return batches[process_index()::process_count()]
 
 
 # ---- LoRA (arXiv 2106.09685) -------------------------------------------------------------------------------
@@ -517,7 +518,7 @@ def lora_parameters(network, prefix="unet"):
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def train(settings):
-    """Tune a model by RSA-FT, or plain if both radii are 0. settings: from `parse`. UserError, RunStopped."""
+    """Tune a model by RSA-FT, or plain if both radii are 0. Raises UserError, RunStopped."""
     if not settings.reward:
         raise UserError("--reward needs a name")
     settings = check(settings)
@@ -537,15 +538,29 @@ def train(settings):
     with Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
             plan = make_plan(settings, step)
-            batches = micro_batches(training_prompts(prompts, settings.seed, step, settings.batch_size),
-                                    (settings.seed, step), settings.micro_batch_size)[rank()::processes()]
+            update_prompts = training_prompts(prompts, settings.seed, step, settings.batch_size)
+            batches = my_share(micro_batches(update_prompts, (settings.seed, step), settings.micro_batch_size))
             make_starts = partial(sample_starts, model, plan, size=settings.sampling_batch_size)
             make_images = partial(sample_images, model, plan)
-            log = rsaft_gradient(batches, make_starts, make_images, scores.total, params, settings.noise,
-                                 settings.sam, reuse_starts=window)
+            log = rsaft_gradient(batches, make_starts, make_images, scores.total, params, rho=settings.noise,
+                                 rho_w=settings.sam, reuse_starts=window)
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()
             run.record(**log, grad_norm=grad_norm.item())
+
+
+def network_evaluations(plan, branches=2, second_rollout=False, reuse_starts=False):
+    """The UNet evaluations that a picture costs: (without gradient, with gradient).
+
+    branches: evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient, the
+    first at index w, and n renoised pictures: branches (S - K) and branches (K + n). A second rollout costs
+    the same once more, but where it reuses the starts of the first one branches w less.
+    """
+    S, K = len(plan.grad), sum(plan.grad)
+    again = 0
+    if second_rollout:
+        again = S - K - (plan.first_grad_step if reuse_starts else 0)
+    return branches * (S - K + again), branches * (K + plan.renoised) * (1 + second_rollout)
 
 
 def make_plan(settings, step):
@@ -582,18 +597,18 @@ def is_out_of_memory(error):
 
 
 @contextlib.contextmanager
-def explained(problem, guests=None):
+def explained(problem, folder=None):
     """Inside the with block any exception becomes a UserError, one line: the problem and its cause.
 
-    guests: the folder of a reward's file; the line then names the place in it where the exception came from.
+    folder: of a reward's file; the line then names the place in there that the exception came from.
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:    # a reward's file may call sys.exit
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if guests and Path(frame.filename).resolve().parent == guests]
+        own = [frame for frame in frames if folder and Path(frame.filename).resolve().parent == folder]
         if own:
             problem += f" at {Path(own[-1].filename).name}:{own[-1].lineno} (RSAFT_TRACEBACK=1 shows all)"
         raise UserError(f"{problem}: {in_words(error)}") from error
@@ -615,8 +630,9 @@ def quiet_libraries():
 def load_complete(kind, source, dtype=torch.float32, **where):
     """A frozen model of a class of diffusers or transformers, with all of its weights. Raises UserError.
 
-    Left to themselves both libraries put random numbers where weights are missing. Which these are is their
-    own finding: real files have surplus and old names, which they know.
+    Left to themselves both libraries put random numbers where weights are missing. They are asked which these
+    are: names can't be compared from outside, since files also have surplus and old ones, which the libraries
+    know.
     """
     with explained(f"{source} doesn't load as a {kind.__name__}"):
         model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
@@ -627,7 +643,7 @@ def load_complete(kind, source, dtype=torch.float32, **where):
 
 
 def load_tokenizer(kind, source, **where):
-    """A tokenizer of transformers. Raises UserError for one without vocabulary, to which all are alike."""
+    """A tokenizer of transformers. Raises UserError for one to which all prompts are alike."""
     with explained(f"the tokenizer of {source} doesn't load"):
         tokenize = kind.from_pretrained(source, **where)
         if len({tuple(tokenize(text).input_ids) for text in ("red cat", "big dog", "old map")}) == 1:
@@ -701,7 +717,7 @@ class Backbone:
         """Encode what hasn't been yet; each prompt goes through the text encoder once, and alone."""
         from tqdm import tqdm
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.encoded]
-        for prompt in tqdm(new, "encoding prompts", delay=5, leave=False, disable=rank() > 0):
+        for prompt in tqdm(new, "encoding prompts", delay=5, leave=False, disable=process_index() > 0):
             self.encoded[prompt] = [tensor.cpu() for tensor in self.encode(prompt)]
 
     def drop_encoders(self):
@@ -838,7 +854,7 @@ def clip_pixels(images, size, pad=False):
         if pad:
             scale = size / max(H, W)
             H, W = round(H * scale), round(W * scale)
-        else:    # CLIP's own cuts off where HPSv2's rounds
+        else:    # CLIP truncates where HPSv2 rounds
             H, W = int(H * size / min(H, W)), int(W * size / min(H, W))
         images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True)
         images = images if pad else images.clamp(0, 1)
@@ -874,18 +890,18 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
     return reward
 
 
-# A reward found by name has FILES, {file that must be there: its repository on the hub, or None}, and
-# load({file: folder or hub id}, device), which returns reward(images, prompts). PickScore's:
+# A reward found by name has FILES, {a file that must be there: its repository on the hub, or None}, and
+# load(sources, device) with {the same file: the folder or hub id to load from}, which returns the reward.
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
 
-def load_pickscore(files, device):
+def load_pickscore(sources, device):
     """PickScore (arXiv 2305.01569), exp(logit_scale) * cosine: about 18 to 24."""
     from transformers import CLIPModel
-    model = load_complete(CLIPModel, files["config.json"])
-    return clip_reward(model, files["tokenizer_config.json"], device, model.logit_scale.exp().item())
+    model = load_complete(CLIPModel, sources["config.json"])
+    return clip_reward(model, sources["tokenizer_config.json"], device, model.logit_scale.exp().item())
 
 
 def own_file(name):
@@ -947,8 +963,8 @@ def make_reward(name, models=None, device="cpu"):
     isn't found or doesn't load; so does the function returned where it fails, or gives no finite number per
     picture.
     """
-    guests = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
-    with explained(f"the reward {name} doesn't load", guests):
+    folder = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
+    with explained(f"the reward {name} doesn't load", folder):
         if own_file(name):
             score = getattr(import_file(own_file(name)), short_name(name))
         else:
@@ -956,7 +972,7 @@ def make_reward(name, models=None, device="cpu"):
             score = load(files, device)
 
     def reward(images, prompts):
-        with explained(f"the reward {name} failed", guests):
+        with explained(f"the reward {name} failed", folder):
             scores = score(images.clone(), list(prompts))
         if not isinstance(scores, torch.Tensor):
             raise UserError(f"the reward {name} returned a {type(scores).__name__}, not a tensor")
@@ -970,12 +986,12 @@ def make_reward(name, models=None, device="cpu"):
     return reward
 
 
-def try_reward(name, reward, prompts, height, width, device):
+def try_reward(name, reward, prompts, height, width, device, size):
     """Score a random picture for each of `prompts`. Returns whether a finite gradient comes back."""
     picture = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
     gradients = []
-    for i in range(0, len(prompts), 32):
-        few = prompts[i:i + 32]
+    for i in range(0, len(prompts), size):
+        few = prompts[i:i + size]
         images = picture.repeat(len(few), 1, 1, 1).requires_grad_()
         scores = reward(images, few)
         if scores.requires_grad:
@@ -1000,7 +1016,7 @@ class Scores:
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
-S1_RADIUS, S1_RADIUS_TINY = 0.01, 0.1    # one radius for all runs, so that their sharpness can be compared
+S1_RADIUS, S1_RADIUS_TINY = 0.01, 0.1    # fixed, so that the sharpness of runs can be compared
 GRID = 16                                # pictures in samples/
 
 
@@ -1029,7 +1045,7 @@ class Evaluation:
         names = [*self.scores.rewards, "s1"] if self.s1_radius else [*self.scores.rewards]
         values = {name: torch.zeros(N, dtype=torch.float64) for name in names}
         pictures = torch.zeros(min(GRID, N), *self.image_shape)
-        batches = micro_batches(self.prompts, ("evaluation",), self.micro_batch_size)[rank()::processes()]
+        batches = my_share(micro_batches(self.prompts, ("evaluation",), self.micro_batch_size))
         starts = sample_starts(self.model, plan, batches, self.sampling_batch_size) if batches else []
         for batch, start in zip(batches, starts):
             with torch.no_grad():
@@ -1072,16 +1088,17 @@ def make_grid(images, columns=4):
 # Everything else in the folder is made from it, or, as the pictures are, just before it.
 
 CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors", ".lock"
-MAY_CHANGE_ON_RESUME = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions",
-                        "device", "micro_batch_size", "sampling_batch_size"}    # these may cost the bits
+# On resume these may change; device and batch sizes then change no more than the last bits.
+MAY_CHANGE = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions", "device",
+              "micro_batch_size", "sampling_batch_size"}
 LOG_NAMES = {"step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm", "sam_norm",
-             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # no rewards
+             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # not for rewards
 
 
 def say(text):
     """Print, above a progress bar where there is one; of several processes the first speaks."""
     from tqdm import tqdm
-    if rank() == 0:
+    if process_index() == 0:
         with tqdm.external_write_mode():
             print(text, flush=True)
 
@@ -1110,7 +1127,7 @@ def read_checkpoint(settings):
     with explained(f"{folder / CHECKPOINT} is not the checkpoint of a run"):
         made, then = len(state["updates"]), state["settings"]
         changed = [f"{name} {then.get(name)}, not {value}" for name, value in now.items()
-                   if name not in MAY_CHANGE_ON_RESUME and value != then.get(name)]
+                   if name not in MAY_CHANGE and value != then.get(name)]
     if changed:
         raise UserError(f"--out {folder} holds a run with {'; '.join(changed)}; name another folder")
     if made > settings.train_steps:
@@ -1134,7 +1151,7 @@ class Run:
 
     def __enter__(self):
         from tqdm import tqdm
-        if rank() == 0:
+        if process_index() == 0:
             import fcntl
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / LOCK, "w")      # the lock dies with its process, however that ends
@@ -1149,16 +1166,16 @@ class Run:
                 self.restore(state)
         made = torch.tensor(len(self.updates))
         sum_over_processes([made])
-        if made != len(self.updates) * processes():
+        if made != len(self.updates) * process_count():
             raise UserError(f"the processes don't see the same folder {self.out}; all of them must share it")
         self.save()
         self.bar = tqdm(total=self.settings.train_steps, initial=len(self.updates), unit="update",
-                        disable=rank() > 0)
+                        disable=process_index() > 0)
         return self
 
     def __exit__(self, kind, error, trace):
         self.bar.close()
-        if rank() == 0:
+        if process_index() == 0:
             self.lock.close()
         if isinstance(error, (KeyboardInterrupt, OSError)) and not isinstance(error, BrokenPipeError):
             why = "by hand" if isinstance(error, KeyboardInterrupt) else in_words(error)
@@ -1180,7 +1197,7 @@ class Run:
     def save(self):
         """Write the checkpoint, and from it what a user looks for."""
         from safetensors.torch import save
-        if rank() > 0:
+        if process_index() > 0:
             return
         state = {"settings": vars(self.settings), "updates": self.updates, "evaluations": self.evaluations,
                  "best": self.best, "adapter": self.copy_adapter(),
@@ -1225,10 +1242,12 @@ class Run:
         """Log an update that the optimizer has made, and save. Raises UserError for one without gradient."""
         step, judge = len(self.updates) + 1, self.evaluation.scores.judge
         if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
-            raise UserError(f"update {step} has no finite gradient, but the reward {reward:g} and a gradient "
-                            f"of norm {grad_norm:g}; the last good adapter is in {self.out}")
-        counts = {name: count * processes() for name, count in self.counts.items()}
-        memory = {"peak_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if torch.cuda.is_available() else {}
+            raise UserError(f"update {step} has a reward of {reward:g} and a gradient of norm {grad_norm:g}: "
+                            f"zero, or not finite; the last good adapter is in {self.out}")
+        counts = {name: count * process_count() for name, count in self.counts.items()}
+        memory = {}
+        if self.settings.device.startswith("cuda"):
+            memory["peak_gb"] = torch.cuda.max_memory_allocated(self.settings.device) / 2 ** 30
         self.updates.append({"step": step, "reward": reward, **values, "grad_norm": grad_norm, **counts,
                              "seconds": time.perf_counter() - self.began, **memory})
         self.save()
@@ -1241,19 +1260,18 @@ class Run:
         scores, judge = self.evaluation.scores, self.evaluation.scores.judge
         values, pictures = self.evaluation()
         means = {name: value.mean().item() for name, value in values.items()}
-        if not self.evaluations:
-            say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in means))
-        say(f"{step:6d}" + "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items()))
         past = [*self.evaluations, means]
         trained = [sum(weight * then[name] for name, weight in scores.weights.items()) for then in past]
         alarm = judge is not None and is_hacking(trained, [then[judge] for then in past])
-        if alarm:
-            self.bar.set_description("ALARM: reward hacking")
+        if not self.evaluations:
+            say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in means))
+        row = "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items())
+        say(f"{step:6d}{row}{'   ALARM: reward hacking' if alarm else ''}")
         if judge and (not self.best or means[judge] > self.best["score"]):
             self.best = {"step": step, "judge": judge, "score": means[judge], "adapter": self.copy_adapter()}
         self.evaluations.append({"eval": True, "step": step, **means, "alarm": alarm,
                                  "pictures": {name: value.tolist() for name, value in values.items()}})
-        if rank() == 0:
+        if process_index() == 0:
             prompts = "".join(f"{prompt}\n" for prompt in self.evaluation.prompts[:GRID])
             write_atomic(self.out / "samples/prompts.txt", prompts.encode())
             write_atomic(self.out / f"samples/step_{step:06d}.png", make_grid(pictures))
@@ -1272,16 +1290,16 @@ class Run:
                 error = change.std().item() / len(change) ** 0.5 if len(change) > 1 else math.nan
                 say(f"{f'{name} ({role})':>28}{before.mean():10.3f}{after.mean():10.3f}{change.mean():10.3f}"
                     f"{error:8.3f}")
-        alarms = ", ".join(str(line["step"]) for line in self.evaluations if line["alarm"])
         if best:
+            alarms = ", ".join(str(line["step"]) for line in self.evaluations if line["alarm"])
             say(f"best {best['judge']}: {best['score']:.3f} after update {best['step']}, in {self.out}/best")
             say(f"ALARM: reward hacking at step {alarms}, the reward rose and {best['judge']} fell" if alarms
                 else "no alarm")
         else:
             say("nothing held out was measured, so reward hacking could not be seen; see --eval-reward")
-        say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:")
-        say(f"    python tools/evaluate.py {self.out}{f' {self.out}/best' if best else ''}")
-        say(f"    python tools/plot.py {self.out}")
+        say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:\n"
+            f"    python tools/evaluate.py {self.out}{f' {self.out}/best' if best else ''}\n"
+            f"    python tools/plot.py {self.out}")
 
 
 # ---- Settings and loading, in the order in which what is wrong shows soonest -------------------------------
@@ -1306,7 +1324,7 @@ def split_weight(text):
 
 
 def check(settings):
-    """The settings with all filled in that was left to the model and the machine; loads nothing.
+    """A copy of the settings with what was left to the model and the machine filled in; loads no weights.
 
     Raises UserError for whatever can be known by now, before diffusers is imported.
     """
@@ -1329,7 +1347,8 @@ def check(settings):
     settings.prompts_sha256 = hashlib.sha256(repr(prompts).encode()).hexdigest()
 
     weights = [split_weight(text) for text in settings.reward]
-    if weights and not any(weight for _, weight in weights) or not all(math.isfinite(w) for _, w in weights):
+    numbers = [weight for _, weight in weights]
+    if not all(map(math.isfinite, numbers)) or (numbers and not any(numbers)):
         raise UserError(f"--reward {' '.join(settings.reward)}: give finite weights, not all of them 0")
     names = [*(name for name, _ in weights), *settings.eval_reward]
     for name in names:
@@ -1370,20 +1389,21 @@ def load(settings, must_have_gradient=True, more_prompts=()):
     names = [*weights, *settings.eval_reward]
     if "WORLD_SIZE" in os.environ and not distributed():
         if settings.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group()
     what = f"loading {', '.join(names)} and {settings.model}"
-    say(f"{settings.device} x {processes()}, {settings.dtype}; {what}".replace(f"{HERE}{os.sep}", ""))
+    say(f"{settings.device} x {process_count()}, {settings.dtype}; {what}".replace(f"{HERE}{os.sep}", ""))
     settings.versions = quiet_libraries()
 
     rewards, differentiable = dict.fromkeys(map(short_name, names)), bool(weights)
-    for name in sorted(names, key=lambda name: own_file(name) is None):    # the reader's own fail soonest
+    for name in sorted(names, key=lambda name: own_file(name) is None):    # your own first: likeliest to fail
         rewards[short_name(name)] = make_reward(name, settings.models, settings.device)
         # A model takes any prompt; a function of your own may not, so it is shown all of them.
         shown = list(dict.fromkeys(prompts + eval_prompts)) if own_file(name) else prompts[:1]
         has_gradient = try_reward(name, rewards[short_name(name)], shown, settings.height, settings.width,
-                                  settings.device)
-        differentiable = differentiable and (has_gradient or name not in weights)
+                                  settings.device, settings.micro_batch_size)
+        if name in weights and not has_gradient:
+            differentiable = False
         if must_have_gradient and not differentiable:
             raise UserError(f"the reward {name} can't be trained on: it is not differentiable in the images, "
                             "or its gradient is not finite")
@@ -1528,14 +1548,14 @@ def main(argv=None, parse=parse, train=train, program="rsaft.py"):
         if isinstance(error, (UserError, RunStopped)):
             message = str(error)
         elif isinstance(error, KeyboardInterrupt):
-            message = "stopped by hand, before anything was written"
+            message = "stopped by hand, before the first update"
         elif is_out_of_memory(error):
             message = "out of memory; try --gradient-checkpointing, --micro-batch-size 1, --dtype bfloat16"
         elif not isinstance(error, OSError):
             message += "; RSAFT_TRACEBACK=1 in the environment shows where"
         if os.environ.get("RSAFT_TRACEBACK"):
             traceback.print_exc()
-        if distributed() or os.environ.get("LOCAL_RANK", "0") == "0":    # before they meet all fail alike
+        if distributed() or os.environ.get("LOCAL_RANK", "0") == "0":    # unconnected, all fail alike
             print(f"{program}: {message}", file=sys.stderr)
         return 2 if isinstance(error, (UserError, OSError)) else 1
     finally:

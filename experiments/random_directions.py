@@ -47,7 +47,7 @@ def train(settings):
             batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
             make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
             make_images = partial(moved_images, model, plan, settings.noise)
-            log = rsaft.rsaft_gradient(batches[rsaft.rank()::rsaft.processes()], make_starts, make_images,
+            log = rsaft.rsaft_gradient(batches[rsaft.process_index()::rsaft.process_count()], make_starts, make_images,
                                        scores.total, params)
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()

@@ -327,7 +327,7 @@ def test_an_average_moves_towards_the_current_weights():
 # same two, `small_gdro` and `small_crd`.
 
 SMALL = ["--tiny", "--reward", BRIGHT, "--eval-reward", "judge", "--sampling-steps", 4, "--eval-images", 4,
-         "--rank", 4, "--group-size", 3, "--batch-size", 6]
+         "--eval-every", 1, "--rank", 4, "--group-size", 3, "--batch-size", 6]
 Small = namedtuple("Small", "run flags updates out")    # out: where run(*flags) has made that many updates
 
 
@@ -361,7 +361,7 @@ def drawn(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_gdro(small, drawn, tmp_path_factory):
     flags = [*small, "--pictures", 4, "--data", drawn, "--beta", 1, "--tau", 0.2, "--gamma", 0.7,
-             "--ema-decay", 0.15, "--eval-every", 1]
+             "--ema-decay", 0.15]
     run = Small(partial(call, gdro.main), flags, 3, tmp_path_factory.mktemp("gdro") / "out")
     assert run.run(*run.flags, "--train-steps", run.updates, "--out", run.out) == 0
     return run
@@ -369,8 +369,8 @@ def small_gdro(small, drawn, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_crd(small, tmp_path_factory):
-    """Two updates an epoch, so that it ends in the middle of one."""
-    flags = [*small, "--epoch-updates", 2, "--eval-every", 0]
+    """Two updates an epoch, so that it ends in the middle of one. Without evaluations."""
+    flags = [*small, "--epoch-updates", 2, "--eval-reward", "--eval-every", 0]
     run = Small(call_crd, flags, 5, tmp_path_factory.mktemp("crd") / "out")
     assert run.run(*run.flags, "--train-steps", run.updates, "--out", run.out) == 0
     return run
@@ -468,17 +468,17 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("module, guidance_scale, rise, flags", [
-    (gdro, 3.0, 0.01, ["--pictures", 8, "--ema-decay", 0.5, "--tau", 0.005]),
-    (crd, 1.0, 0.07, ["--group-size", 6, "--epoch-updates", 4])])
+    (gdro, 3.0, 0.015, ["--pictures", 6, "--ema-decay", 0.5, "--tau", 0.005]),
+    (crd, 1.0, 0.07, ["--group-size", 6, "--epoch-updates", 2])])
 def test_a_short_run_raises_a_reward_without_gradient_and_plain_diffusers_loads_the_adapter(
         tmp_path, capsys, module, guidance_scale, rise, flags):
-    """By more than `rise`, about 0.4 of what it was when this was written."""
+    """By more than `rise`, half of the least that seeds 0, 1 and 2 gave when this was written, or less."""
     (tmp_path / "six.txt").write_text("\n".join(PROMPTS[:6]))
     data = ["--data", tmp_path / "data"] if module is gdro else []
-    assert call(module.main, "--tiny", "--reward", BRIGHT, "--eval-reward", "judge", "--rank", 4, "--seed", 1,
-                "--prompts", tmp_path / "six.txt", "--sampling-steps", 5, "--eval-images", 16,
-                "--eval-every", 8, "--train-steps", 8, "--batch-size", 12, "--learning-rate", 5e-3,
-                "--out", tmp_path / "out", *data, *flags) == 0
+    assert call(module.main, "--tiny", "--reward", BRIGHT, "--eval-reward", "judge", "--rank", 4, "--prompts",
+                tmp_path / "six.txt", "--sampling-steps", 4, "--eval-images", 12, "--eval-every", 8,
+                "--train-steps", 8, "--batch-size", 12, "--learning-rate", 1e-2, "--out", tmp_path / "out",
+                *data, *flags) == 0
     before, after = records(tmp_path / "out", evaluations=True)
     assert after["bright"] > before["bright"] + rise
     assert "s1" not in before    # there is no gradient that it could be measured by
@@ -490,9 +490,8 @@ def test_a_short_run_raises_a_reward_without_gradient_and_plain_diffusers_loads_
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    prompts = [PROMPTS[i % 6] for i in range(16)]
-    images = pipe(prompts, latents=rsaft.evaluation_latents(16, LATENT), num_inference_steps=5, height=32,
-                  width=32, guidance_scale=guidance_scale, output_type="pt").images
+    images = pipe(PROMPTS[:6] * 2, latents=rsaft.evaluation_latents(12, LATENT), num_inference_steps=4,
+                  height=32, width=32, guidance_scale=guidance_scale, output_type="pt").images
     (tmp_path / "diffusers.png").write_bytes(rsaft.make_grid(images))
     begin, end = sorted((tmp_path / "out" / "samples").glob("*.png"))
     assert (pixels(end) - pixels(tmp_path / "diffusers.png")).abs().max() <= 2
@@ -698,7 +697,7 @@ def test_crds_copies_follow_their_schedules_draw_the_pictures_and_survive_a_stop
     lives = crd_lives
     if sampler == "old":
         small = small_crd._replace(flags=[*small_crd.flags, "--sampler", "old"])
-        lives = live(small, tmp_path / "out", (2, None), (3, None), (4, None), (5, None))
+        lives = live(small, tmp_path / "out", (2, None), (4, None), (5, None))
     (model, params), states = new_model(), {life.updates: life.state for life in lives}
     begin, after = [p.detach().clone() for p in params], lambda n: states[n]["adapter"].values()
     count = len(begin)
@@ -706,7 +705,9 @@ def test_crds_copies_follow_their_schedules_draw_the_pictures_and_survive_a_stop
     samplings = [begin, [0.5 * x + 0.5 * p for x, p in zip(begin, after(2))]]
     olds.append([0.255 * x + 0.745 * p for x, p in zip(olds[1], after(4))])
     samplings.append([0.6 * x + 0.4 * p for x, p in zip(samplings[1], after(4))])
-    for n, epoch in (2, 1), (3, 1), (4, 2), (5, 2):
+    assert set(states) == ({2, 3, 4, 5} if sampler == "own" else {2, 4, 5})
+    for n in states:
+        epoch = n // 2
         assert_close(states[n]["extra"][:count], olds[epoch], rtol=1e-4, atol=1e-7)
         assert_close(states[n]["extra"][count:-2], samplings[epoch], rtol=1e-4, atol=1e-7)
 
@@ -769,10 +770,10 @@ def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
     for name, flags, settings, without in [
             ("all", [], {}, 3),
             ("unguided", ["--anchor-scale", 1], {"scale": 1}, 2),
-            ("constant", ["--anchor-weight", "constant"], {"by_reward": False}, 3),
-            ("bce", ["--kl", 0, "--loss", "bce"], {"kl": 0, "form": "bce"}, 1),
-            ("one", ["--kl", 0, "--error-weight", "one"], {"kl": 0, "adaptive": False}, 1),
-            ("warm", ["--kl", 0, "--temperature", 0.5], {"kl": 0, "temperature": 0.5}, 1)]:
+            ("constant", ["--anchor-weight", "constant", "--temperature", 0.5],
+             {"by_reward": False, "temperature": 0.5}, 3),
+            ("none", ["--kl", 0, "--loss", "bce", "--error-weight", "one"],
+             {"kl": 0, "form": "bce", "adaptive": False}, 1)]:
         out, state = small_crd.out, crd_lives[0].state
         if flags:
             out = tmp_path / name
@@ -791,9 +792,8 @@ def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
     assert len({record["reward"] for record in first.values()}) == 1
 
 
-def test_a_differentiable_reward_has_its_sharpness_measured_here_too(tmp_path, small_crd):
-    assert call(crd.main, *small_crd.flags, "--reward", "pickscore", "--eval-every", 1, "--train-steps", 1,
-                "--out", tmp_path / "out") == 0
+def test_a_differentiable_reward_has_its_sharpness_measured_here_too(tmp_path, small):
+    assert call(crd.main, *small, "--reward", "pickscore", "--train-steps", 1, "--out", tmp_path / "out") == 0
     assert [record["s1"] > 0 for record in records(tmp_path / "out", evaluations=True)] == [True, True]
 
 

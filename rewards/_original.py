@@ -6,9 +6,9 @@ from torch import nn
 from rsaft import find_file, load_tensors
 
 
-def load_original(files, name):
+def load_original(sources, name):
     """The tensors of the file `name` of a reward; never a pickle that could run code. Raises UserError."""
-    return load_tensors(find_file(files[name], name))
+    return load_tensors(find_file(sources[name], name))
 
 
 def renamed(state, rules):

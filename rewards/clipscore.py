@@ -5,6 +5,6 @@ CLIP_L = "openai/clip-vit-large-patch14"
 FILES = {"config.json": CLIP_L, "tokenizer_config.json": CLIP_L}
 
 
-def load(files, device):
+def load(sources, device):
     from transformers import CLIPModel
-    return clip_reward(load_complete(CLIPModel, files["config.json"]), files["tokenizer_config.json"], device, 100.0)
+    return clip_reward(load_complete(CLIPModel, sources["config.json"]), sources["tokenizer_config.json"], device, 100.0)

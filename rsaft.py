@@ -1432,6 +1432,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program, description):
         super().__init__(usage=f"python {program} [FLAGS]", description=description, allow_abbrev=False,
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 110))
+        self.set_defaults(program=program)    # a setting, so that no program goes on with another one's run
 
     def error(self, message):
         raise UserError(f"{message}; see --help")

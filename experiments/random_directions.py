@@ -44,11 +44,11 @@ def train(settings):
         for step in run.steps():
             plan = rsaft.make_plan(settings, step)
             chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
-            batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
+            batches = rsaft.my_share(rsaft.micro_batches(chosen, (settings.seed, step),
+                                                         settings.micro_batch_size))
             make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
             make_images = partial(moved_images, model, plan, settings.noise)
-            log = rsaft.rsaft_gradient(batches[rsaft.process_index()::rsaft.process_count()], make_starts, make_images,
-                                       scores.total, params)
+            log = rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params)
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()
             run.record(**log, grad_norm=grad_norm.item())

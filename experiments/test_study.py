@@ -163,7 +163,7 @@ def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
                 assert bool(settings.sam) == any(word in words for word in ("sam", "both", "window"))
             else:
                 own = job.program.parse(["--tiny", "--reward", "pickscore", "--seed", str(job.seed)])
-                own.eval_every, own.eval_reward[0] = 10, study.SETTINGS[-3]
+                own.eval_every, own.eval_reward = 10, study.SETTINGS[-3:]
                 assert settings == own, "their own defaults"
 
 

@@ -34,7 +34,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, SWITCH, UserError, explained, named_generator
+from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, SWITCH, RunStopped, UserError, explained, named_generator
 
 
 # ---- The method: tensors in, tensors out -------------------------------------------------------------------
@@ -244,7 +244,10 @@ def train(settings):
     model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False,
                                                     more_prompts=[line["prompt"] for line in lines])
     if not settings.train:
-        draw_pictures(settings, model, scores.total, prompts, folder)
+        try:
+            draw_pictures(settings, model, scores.total, prompts, folder)
+        except KeyboardInterrupt as stop:
+            raise RunStopped(f"stopped by hand; the same command with --data {folder} goes on") from stop
         lines = read_lines(folder)
     if settings.draw:
         print(f"pictures, latents and {LINES} are in {folder}")

@@ -1,4 +1,4 @@
-"""What gdro.py and crd.py claim, claim by claim: `pytest related`. About 20 seconds on one CPU core.
+"""What gdro.py and crd.py claim, claim by claim: `pytest related`. About half a minute on one CPU core.
 
 The models are the trained ones of tiny/; the reward of the runs is a black box, without a gradient.
 """
@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -29,11 +30,12 @@ TINY, BRIGHT = HERE.parent / "tiny", f"{Path(__file__).resolve()}:bright"
 MODEL, LATENT, ADAPTER = TINY / "stable-diffusion", (4, 8, 8), "pytorch_lora_weights.safetensors"
 PROMPTS = (TINY / "prompts.txt").read_text().splitlines()
 FIVE = PROMPTS[10:15]    # what the small runs are trained on: not the first, so that an index shows
+PLAN = rsaft.Plan((False,) * 2)    # how they draw: two steps, none with gradient
 
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
-    """All imported, and out of the sight of the collector, which each run calls: it took half of the time."""
+    """All are imported, and kept from the garbage collector: each run calls it, and it would take long."""
     rsaft.quiet_libraries()
     rsaft.load_model(str(MODEL))
     gc.collect()
@@ -277,7 +279,7 @@ def test_the_schedules_of_the_copies_are_those_of_the_publication():
 
 def new_model(guidance_scale=1.0, weights=None):
     """The model and its adapter as seed 0 and rank 4 make them, or with other weights in the adapter."""
-    model = rsaft.load_model(str(MODEL), 4, guidance_scale)
+    model = rsaft.load_model(str(MODEL), len(PLAN.grad), guidance_scale)
     params = model.add_adapter(4, rsaft.named_generator(0, "lora"))
     for p, value in zip(params, weights or params, strict=True):
         p.data.copy_(value)
@@ -285,7 +287,7 @@ def new_model(guidance_scale=1.0, weights=None):
 
 
 def test_with_b_at_zero_the_network_is_the_frozen_one_to_the_bit_and_all_differences_are_exactly_0():
-    base, (model, params) = rsaft.load_model(str(MODEL), 4), new_model()
+    base, (model, params) = rsaft.load_model(str(MODEL)), new_model()
     begin, (x, y) = [p.detach().clone() for p in params], normal(2, 2, *LATENT, dtype=torch.float32)
     for p in params:
         torch.nn.init.normal_(p, std=0.1, generator=rsaft.named_generator("moved", tuple(p.shape)))
@@ -323,10 +325,10 @@ def test_an_average_moves_towards_the_current_weights():
 
 
 # ---- Runs on the small world -------------------------------------------------------------------------------
-# The small runs have five prompts, four sampling steps and six pictures an update. Several tests look at the
+# The small runs have five prompts, two sampling steps and six pictures an update. Several tests look at the
 # same two, `small_gdro` and `small_crd`.
 
-SMALL = ["--tiny", "--reward", BRIGHT, "--eval-reward", "judge", "--sampling-steps", 4, "--eval-images", 4,
+SMALL = ["--tiny", "--reward", BRIGHT, "--eval-reward", "judge", "--sampling-steps", 2, "--eval-images", 4,
          "--eval-every", 1, "--rank", 4, "--group-size", 3, "--batch-size", 6]
 Small = namedtuple("Small", "run flags updates out")    # out: where run(*flags) has made that many updates
 
@@ -336,7 +338,7 @@ def call(main, *arguments):
 
 
 def call_crd(*arguments):
-    """crd.main with a sampling copy that lags from the first epoch on; by the published schedule from 76."""
+    """crd.main with a sampling copy that lags from the first epoch on; the published one does from 76 on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crd, "sampling_decay", lambda epoch: 0.5 + 0.1 * epoch)
         return call(crd.main, *arguments)
@@ -361,7 +363,7 @@ def drawn(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_gdro(small, drawn, tmp_path_factory):
     flags = [*small, "--pictures", 4, "--data", drawn, "--beta", 1, "--tau", 0.2, "--gamma", 0.7,
-             "--ema-decay", 0.15]
+             "--ema-decay", 0.15, "--learning-rate", 1e-2]
     run = Small(partial(call, gdro.main), flags, 3, tmp_path_factory.mktemp("gdro") / "out")
     assert run.run(*run.flags, "--train-steps", run.updates, "--out", run.out) == 0
     return run
@@ -388,9 +390,14 @@ def checkpoint(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
 
+def files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def assert_same_run(a, b):
     """Two folders with the same bits, but for what a clock or the machine says."""
     clocks, state, other = {"seconds", "peak_gb"}, checkpoint(a), checkpoint(b)
+    assert {path.relative_to(a) for path in files(a)} == {path.relative_to(b) for path in files(b)}
     for line, same in zip(log_of(a), log_of(b), strict=True):
         assert {name: line[name] for name in line if name not in clocks} == {
             name: same[name] for name in same if name not in clocks}
@@ -401,7 +408,7 @@ def assert_same_run(a, b):
 
 
 def die_in_step(patch):
-    """In the second update of the process: the weights have moved."""
+    """In the second update of the call: the weights have moved."""
     step, steps = torch.optim.AdamW.step, itertools.count(1)
 
     def step_and_die(optimizer):
@@ -413,7 +420,7 @@ def die_in_step(patch):
 
 
 def die_in_write(patch):
-    """After the first update of the process: half of its checkpoint is written."""
+    """After the first update of the call: half of its checkpoint is written."""
     step, write, steps = torch.optim.AdamW.step, rsaft.write_atomic, []
 
     def write_half_and_die(path, content):
@@ -431,7 +438,7 @@ Life = namedtuple("Life", "death code error updates state out")
 
 
 def live(small, out, *plan):
-    """A small run in several processes, (--train-steps, how it dies if it does) each: a list of Life."""
+    """A small run by several calls, (--train-steps, how it dies if it does) each: a list of Life."""
     lives = []
     for train_steps, death in plan:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as error:
@@ -444,9 +451,8 @@ def live(small, out, *plan):
 
 @pytest.fixture(scope="module")
 def gdro_lives(small_gdro, tmp_path_factory):
-    """`small_gdro` again, but prolonged after update 1, killed in update 3 and in the write after it."""
-    plan = (1, None), (3, "step"), (3, "write"), (3, None)
-    return live(small_gdro, tmp_path_factory.mktemp("gdro") / "lives", *plan)
+    """`small_gdro` again, but prolonged after update 1 and killed in update 3."""
+    return live(small_gdro, tmp_path_factory.mktemp("gdro") / "lives", (1, None), (3, "step"), (3, None))
 
 
 @pytest.fixture(scope="module")
@@ -454,10 +460,6 @@ def crd_lives(small_crd, tmp_path_factory):
     """`small_crd` again, but stopped at the end of an epoch and in the middle, killed twice in update 4."""
     plan = (2, None), (5, "step"), (5, "write"), (4, None), (5, None)
     return live(small_crd, tmp_path_factory.mktemp("crd") / "lives", *plan)
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def pixels(path):
@@ -505,7 +507,7 @@ def test_a_run_that_dies_in_an_update_or_in_a_write_goes_on_with_the_same_bits(n
         assert life.code == (1 if life.death else 0)
         assert ("by hand; the same command with --out" in life.error) == bool(life.death)
         assert life.state["optimizer"]["state"][0]["step"] == life.updates
-    assert {life.death for life in lives} == {None, *DEATHS}
+    assert [life.updates for life in lives] == ([1, 2, 3] if name == "gdro" else [2, 3, 3, 4, 5])
     assert_same_run(lives[-1].out, small.out)
 
 
@@ -529,7 +531,8 @@ def test_a_finished_run_says_so_and_refuses_other_settings_by_name(
 
 # ---- GDRO's pictures ---------------------------------------------------------------------------------------
 
-def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(tmp_path, small, drawn, capsys):
+def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(
+        tmp_path, small, drawn, monkeypatch, capsys):
     from safetensors.torch import load_file
     lines = [json.loads(line) for line in (drawn / "pictures.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt for prompt in FIVE for _ in range(4)]
@@ -537,7 +540,7 @@ def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(tmp_path
     line, (model, _) = lines[7], new_model(3.0)    # picture 7 can be made again from its line
     noise = torch.randn(LATENT, generator=rsaft.named_generator(*line["seed"]))[None]
     with torch.no_grad():
-        end = rsaft.rollout(model.denoiser([line["prompt"]]), noise, model.steps, rsaft.Plan((False,) * 4))
+        end = rsaft.rollout(model.denoiser([line["prompt"]]), noise, model.steps, PLAN)
         image = model.decode(end)
     assert_close(load_file(drawn / "000007.safetensors")["latents"], end[0], rtol=1e-3, atol=1e-3)
     assert (pixels(drawn / line["file"]) - 255 * image[0]).abs().max() <= 1
@@ -553,13 +556,25 @@ def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(tmp_path
     capsys.readouterr()
     assert call(gdro.main, *flags, "--train", "--data", broken) == 2
     assert "is drawn in part" in capsys.readouterr().err
-    times = [{path.name: path.stat().st_mtime_ns for path in sorted(broken.glob("*.png"))}]
-    for _ in range(2):
+    for path in broken.glob("*.png"):
+        os.utime(path, (0, 0))
+    sample, calls = rsaft.sample_images, itertools.count(1)
+
+    def die_in_the_second_batch(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(rsaft, "sample_images", die_in_the_second_batch)
+    assert call(gdro.main, *flags, "--draw", "--data", broken) == 1
+    assert f"with --data {broken} goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    for new in range(6, 20), ():                   # all but the batch that was whole; then nothing is left
         assert call(gdro.main, *flags, "--draw", "--data", broken) == 0
-        times.append({path.name: path.stat().st_mtime_ns for path in sorted(broken.glob("*.png"))})
-    kept = [name for name in times[1] if times[1][name] == times[0].get(name)]
-    assert kept == [f"{i:06d}.png" for i in range(6)]    # the one batch of six that was whole
-    assert times[1] == times[2]                    # the second time nothing was left to do
+        pictures = sorted(broken.glob("*.png"))
+        assert [path.name for path in pictures if path.stat().st_mtime] == [f"{i:06d}.png" for i in new]
+        for path in pictures:
+            os.utime(path, (0, 0))
     assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in drawn.iterdir())
     assert all((broken / path.name).read_bytes() == path.read_bytes() for path in drawn.iterdir())
     capsys.readouterr()
@@ -630,7 +645,7 @@ def test_gdro_trains_on_its_own_and_saves_and_evaluates_the_average(tmp_path, sm
     for weights in [saved[name] for name in model.adapter()], trained:
         with torch.no_grad(), gdro.holding(params, weights):
             latents = rsaft.rollout(model.denoiser(FIVE[:4]), rsaft.evaluation_latents(4, LATENT),
-                                    model.steps, rsaft.Plan((False,) * 4))
+                                    model.steps, PLAN)
             judged.append(judge(model.decode(latents), FIVE[:4]).mean().item())
     last = records(small_gdro.out, evaluations=True)[-1]
     assert last["judge"] == pytest.approx(judged[0], abs=1e-3)
@@ -691,35 +706,39 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
 
 # ---- CRD's training ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sampler", ["own", "old"])
-def test_crds_copies_follow_their_schedules_draw_the_pictures_and_survive_a_stop(
-        tmp_path, small_crd, crd_lives, sampler):
-    lives = crd_lives
-    if sampler == "old":
-        small = small_crd._replace(flags=[*small_crd.flags, "--sampler", "old"])
-        lives = live(small, tmp_path / "out", (2, None), (4, None), (5, None))
-    (model, params), states = new_model(), {life.updates: life.state for life in lives}
-    begin, after = [p.detach().clone() for p in params], lambda n: states[n]["adapter"].values()
-    count = len(begin)
+def test_crds_copies_follow_their_schedules(crd_lives):
+    (_, params), states = new_model(), {life.updates: life.state for life in crd_lives}
+    begin, after = [p.detach() for p in params], lambda n: states[n]["adapter"].values()
     olds = [begin, [0.25 * x + 0.75 * p for x, p in zip(begin, after(2))]]
     samplings = [begin, [0.5 * x + 0.5 * p for x, p in zip(begin, after(2))]]
     olds.append([0.255 * x + 0.745 * p for x, p in zip(olds[1], after(4))])
     samplings.append([0.6 * x + 0.4 * p for x, p in zip(samplings[1], after(4))])
-    assert set(states) == ({2, 3, 4, 5} if sampler == "own" else {2, 4, 5})
-    for n in states:
-        epoch = n // 2
-        assert_close(states[n]["extra"][:count], olds[epoch], rtol=1e-4, atol=1e-7)
-        assert_close(states[n]["extra"][count:-2], samplings[epoch], rtol=1e-4, atol=1e-7)
+    for n, epoch in (2, 1), (3, 1), (4, 2), (5, 2):
+        *copies, _, _ = states[n]["extra"]
+        assert_close(copies, olds[epoch] + samplings[epoch], rtol=1e-4, atol=1e-7)
 
-    # The pictures of epoch 2, by hand.
+
+@pytest.mark.parametrize("sampler", ["own", "old"])
+def test_crds_sampling_copy_or_its_old_one_draws_the_pictures_also_after_a_stop(
+        tmp_path, small_crd, crd_lives, sampler):
+    """Those of epoch 2, by hand."""
+    lives = crd_lives
+    if sampler == "old":
+        small = small_crd._replace(flags=[*small_crd.flags, "--sampler", "old"], out=tmp_path / "whole")
+        assert small.run(*small.flags, "--train-steps", small.updates, "--out", small.out) == 0
+        lives = live(small, tmp_path / "out", (3, None), (5, None))
+        assert_same_run(lives[-1].out, small.out)
+    model, params = new_model()
+    *copies, latents, rewards = lives[-1].state["extra"]
     prompts = [prompt for prompt in rsaft.training_prompts(FIVE, 0, 2, 2) for _ in range(3)]
     batch, = rsaft.micro_batches(prompts, (0, "epoch", 2), 6)
-    with torch.no_grad(), gdro.holding(params, (samplings if sampler == "own" else olds)[2]):
-        latents, = rsaft.sample_starts(model, rsaft.Plan((False,) * 4), [batch], 6)
-    rewards = rsaft.make_reward(BRIGHT)(model.decode(latents).detach(), prompts)
-    assert_close(states[5]["extra"][-2].flatten(0, 1), latents, rtol=1e-3, atol=1e-3)
-    assert_close(states[5]["extra"][-1].flatten(), rewards, rtol=0, atol=1e-3)
-    assert records(lives[-1].out)[4]["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
+    drawing = copies[len(params):] if sampler == "own" else copies[:len(params)]
+    with torch.no_grad(), gdro.holding(params, drawing):
+        expected, = rsaft.sample_starts(model, PLAN, [batch], 6)
+        scores = rsaft.make_reward(BRIGHT)(model.decode(expected), prompts)
+    assert_close(latents.flatten(0, 1), expected, rtol=1e-3, atol=1e-3)
+    assert_close(rewards.flatten(), scores, rtol=0, atol=1e-3)
+    assert records(lives[-1].out)[4]["reward"] == pytest.approx(scores.mean().item(), abs=1e-4)
 
 
 def update_by_hand(made, drawn, before=None, form="square", temperature=None, adaptive=True, kl=0.1,
@@ -783,7 +802,7 @@ def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
         assert logged(first[name]) == pytest.approx(update_by_hand(0, state, **settings), rel=1e-3, abs=1e-6)
         assert ("anchor" in first[name]) == (settings.get("kl") != 0)
         assert first[name]["network_evaluations_with_gradient"] == 6
-        assert first[name]["network_evaluations_without_gradient"] == 6 * without + 6 * 4    # and the drawing
+        assert first[name]["network_evaluations_without_gradient"] == 6 * without + 6 * 2    # and the drawing
     second = records(small_crd.out)[1]
     assert second["network_evaluations_with_gradient"] == 6
     assert second["network_evaluations_without_gradient"] == 6 * 3    # the same pictures

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,10 +80,13 @@ def small(out, *arguments):
                        "--out", str(out), *map(str, arguments)])
 
 
+def log_lines(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def records(out, evaluations=False):
     """The lines of a run's log that are updates, or those that are evaluations."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("eval", False) == evaluations]
+    return [line for line in log_lines(out) if line.get("eval", False) == evaluations]
 
 
 def plain(T):
@@ -1200,9 +1204,11 @@ def test_the_oracle_measures_the_distance_to_the_nearest_clean_rendering(picture
             assert_close(distance, nearest, rtol=1e-3, atol=1e-4)
 
 
-# ---- What a user sees ----------------------------------------------------------------------------------------
+# ---- What a user sees --------------------------------------------------------------------------------------
 
-ADAPTER = rsaft.ADAPTER
+ADAPTER, SCHEDULER = rsaft.ADAPTER, "scheduler/scheduler_config.json"
+RSAFT = [sys.executable, str(HERE / "rsaft.py")]
+FLAGS = ["--sam", "--noise", "--eval-every", "1"]                  # of the fixture `finished`
 COMMAND = "python rsaft.py --tiny --reward pickscore --sam --noise"
 MINE = '''
 import torch
@@ -1215,20 +1221,49 @@ def darkness(images, prompts):
 '''
 
 
-def run(*arguments, environment={}, **options):
-    """rsaft.py in a process of its own, as a user has it."""
-    command = [sys.executable, str(HERE / "rsaft.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, **options)
+def run(*arguments, command=RSAFT, environment={}, **options):
+    """rsaft.py, or another command, in a process of its own, as a user has it."""
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, **environment}, **options)
+
+
+def assert_one_line(error, words=""):
+    """`error` is one line of rsaft.py, with these words."""
+    assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
+
+
+def last_line(capsys):
+    """Of what was said on stderr since."""
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def adapter(out):
     return (Path(out) / ADAPTER).read_bytes()
 
 
+def tensors(out):
+    """The adapter, {name: tensor}."""
+    from safetensors.torch import load_file
+    return load_file(Path(out) / ADAPTER)
+
+
 def story(out):
     """The log without what a clock or the machine says."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_gb")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_gb")}
+            for line in log_lines(out)]
+
+
+def assert_same_end(out, other):
+    """Two runs have the same log and, bit for bit, the same adapter."""
+    assert story(out) == story(other)
+    assert adapter(out) == adapter(other)
+
+
+def assert_saved(out, updates):
+    """The log and the checkpoint of a run hold so many updates, and an adapter that is finite."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert len(records(out)) == len(state["updates"]) == updates
+    assert all(tensor.isfinite().all() for tensor in state["adapter"].values())
 
 
 def files(folder):
@@ -1237,12 +1272,28 @@ def files(folder):
             if path.is_file() and "__pycache__" not in str(path)}
 
 
+def model_with(folder, file, **changes):
+    """The tiny model with other entries in one of its files; with no entry, the first half of that file."""
+    shutil.copytree(MODEL, folder)
+    path = Path(folder, file)
+    if changes:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    else:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small finished run with both perturbations, evaluated after every update. Copy it before you spoil it."""
+    """A small finished run with both perturbations, evaluated after every update. `copied` may be spoilt."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert small(out, "--sam", "--noise", "--eval-every", "1") == 0
+    assert small(out, *FLAGS) == 0
     return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of `finished` to go on with, or to spoil."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
@@ -1256,12 +1307,13 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
     from PIL import Image
     assert f"pip install -r requirements.txt && {COMMAND}\n" in (HERE / "README.md").read_text()
     out = tmp_path / "out"
-    result = run(*COMMAND.split()[2:], "--train-steps", 3, "--eval-every", 2, "--eval-images", 16, "--batch-size", 8,
-                 "--out", out)
+    result = run(*COMMAND.split()[2:], "--train-steps", 3, "--eval-every", 2, "--eval-images", 16,
+                 "--batch-size", 8, "--out", out)
     assert result.returncode == 0, result.stderr
-    for word in ("cpu x 1, float32", "trained parameters", "network evaluations", "before", "after", "standard error",
-                 "pickscore (trained on)", "judge (held out)", "oracle_rmse", "oracle_accuracy", "s1 (sharpness)",
-                 "best judge", "no alarm", f"python tools/evaluate.py {out}", f"python tools/plot.py {out}"):
+    for word in ("cpu x 1, float32", "trained parameters", "network evaluations", "before", "after",
+                 "standard error", "pickscore (trained on)", "judge (held out)", "oracle_rmse",
+                 "oracle_accuracy", "s1 (sharpness)", "best judge", "no alarm",
+                 f"python tools/evaluate.py {out}", f"python tools/plot.py {out}"):
         assert word in result.stdout, word
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["step", "pickscore", "judge", "oracle_accuracy", "oracle_rmse", "s1"] in rows
@@ -1277,9 +1329,10 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
     assert (config["sampling_steps"], config["guidance_scale"], config["height"]) == (10, 3.0, 32)
     assert [record["step"] for record in records(out)] == [1, 2, 3]
     for record in records(out):
-        assert record.keys() == {"step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm",
-                                 "sam_norm", "grad_norm", "network_evaluations_without_gradient", "seconds",
-                                 "network_evaluations_with_gradient", "reward_evaluations"}
+        assert record.keys() == {
+            "step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm", "sam_norm",
+            "grad_norm", "seconds", "network_evaluations_without_gradient",
+            "network_evaluations_with_gradient", "reward_evaluations"}
         assert record["noise_norm"] == pytest.approx(0.01, rel=1e-3) == record["sam_norm"]
         assert record["fall_measured"] == pytest.approx(record["reward"] - record["worst_reward"], abs=1e-5)
         assert record["fall_measured"] > 0.5 * record["fall_predicted"] > 0
@@ -1287,7 +1340,8 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
     assert [record["step"] for record in evaluations] == [0, 2, 3]
     scores = {"pickscore", "judge", "oracle_rmse", "oracle_accuracy", "s1"}
     for record in evaluations:
-        assert record.keys() == {"eval", "step", "alarm", "pictures"} | scores and record["pictures"].keys() == scores
+        assert record.keys() == {"eval", "step", "alarm", "pictures"} | scores
+        assert record["pictures"].keys() == scores
         for name in scores:
             assert len(record["pictures"][name]) == 16
             assert sum(record["pictures"][name]) / 16 == pytest.approx(record[name])
@@ -1301,14 +1355,15 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
 
     def grid():
         latents = rsaft.evaluation_latents(16, LATENT)
-        images = pipe(PROMPTS[:16], latents=latents, num_inference_steps=10, guidance_scale=3.0, height=32, width=32,
-                      output_type="pt").images
+        images = pipe(PROMPTS[:16], latents=latents, num_inference_steps=10, guidance_scale=3.0, height=32,
+                      width=32, output_type="pt").images
         return (255 * images.unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2).reshape(128, 128, 3)).round()
 
     def saved(step):
         picture = Image.open(out / "samples" / f"step_{step:06d}.png")
         assert picture.size == (512, 512)
-        return torch.tensor(list(picture.resize((128, 128), Image.NEAREST).tobytes())).view(128, 128, 3).float()
+        values = list(picture.resize((128, 128), Image.NEAREST).tobytes())
+        return torch.tensor(values).view(128, 128, 3).float()
 
     assert (grid() - saved(0)).abs().max() <= 2
     assert (grid() - saved(3)).abs().max() > 2
@@ -1326,8 +1381,9 @@ def test_radius_0_is_the_plain_method_bit_for_bit_and_another_seed_is_another_ru
 
 
 def test_the_training_reward_rises(tmp_path):
-    assert small(tmp_path / "out", "--noise", "--train-steps", "10", "--sampling-steps", "6", "--batch-size", "12",
-                 "--micro-batch-size", "12", "--eval-images", "36", "--eval-every", "10", "--learning-rate", "4e-3") == 0
+    assert small(tmp_path / "out", "--noise", "--train-steps", "10", "--sampling-steps", "6",
+                 "--batch-size", "12", "--micro-batch-size", "12", "--eval-images", "36",
+                 "--eval-every", "10", "--learning-rate", "4e-3") == 0
     before, after = records(tmp_path / "out", evaluations=True)
     assert after["pickscore"] > before["pickscore"] + 0.3
 
@@ -1356,8 +1412,7 @@ def test_the_alarm_needs_three_evaluations_in_a_row_with_the_reward_up_and_the_j
 
 
 def test_a_run_made_to_be_fooled_raises_the_alarm_stops_and_keeps_its_best_adapter(tmp_path, mine, capsys):
-    """What is held out is the opposite of what is trained on, so the best adapter is the first, which does nothing."""
-    from safetensors.torch import load_file
+    """What is held out is the opposite of what is trained on: the first adapter, doing nothing, is best."""
     flags = ["--reward", f"{mine}:brightness", "--eval-reward", f"{mine}:darkness", "--eval-every", "1",
              "--learning-rate", "1e-2", "--train-steps", "9", "--stop-on-hacking"]
     assert small(tmp_path / "out", *flags) == 0
@@ -1367,9 +1422,9 @@ def test_a_run_made_to_be_fooled_raises_the_alarm_stops_and_keeps_its_best_adapt
     assert "ALARM: reward hacking at step" in capsys.readouterr().out
     best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
     assert best == {"step": 0, "darkness": evaluations[0]["darkness"]}
-    last, kept = load_file(tmp_path / "out" / ADAPTER), load_file(tmp_path / "out" / "best" / ADAPTER)
+    kept = tensors(tmp_path / "out" / "best")
     assert all((tensor == 0).all() == ("lora_B" in name) for name, tensor in kept.items())
-    assert all((tensor != 0).any() for tensor in last.values())
+    assert all((tensor != 0).any() for tensor in tensors(tmp_path / "out").values())
 
 
 def test_without_a_held_out_score_the_run_says_so_at_its_start_and_at_its_end(tmp_path, capsys):
@@ -1379,7 +1434,8 @@ def test_without_a_held_out_score_the_run_says_so_at_its_start_and_at_its_end(tm
 
 def test_evaluations_can_have_prompts_of_their_own(tmp_path, finished):
     (tmp_path / "four.txt").write_text("\n".join(PROMPTS[-4:]))
-    assert small(tmp_path / "b", "--sam", "--noise", "--train-steps", "1", "--eval-prompts", tmp_path / "four.txt") == 0
+    assert small(tmp_path / "b", "--sam", "--noise", "--train-steps", "1",
+                 "--eval-prompts", tmp_path / "four.txt") == 0
     assert records(tmp_path / "b")[0]["reward"] == records(finished)[0]["reward"]
     assert (tmp_path / "b" / "samples" / "prompts.txt").read_text().splitlines() == PROMPTS[-4:]
     a, b = (records(out, evaluations=True)[0]["pickscore"] for out in (finished, tmp_path / "b"))
@@ -1387,28 +1443,28 @@ def test_evaluations_can_have_prompts_of_their_own(tmp_path, finished):
 
 
 def test_bf16_weights_train_a_float32_adapter(tmp_path):
-    from safetensors.torch import load_file
-    assert small(tmp_path / "out", "--dtype", "bfloat16", "--noise", "--train-steps", "1", "--eval-every", "0") == 0
-    tensors = load_file(tmp_path / "out" / ADAPTER).values()
-    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    assert small(tmp_path / "out", "--dtype", "bfloat16", "--noise", "--train-steps", "1",
+                 "--eval-every", "0") == 0
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "out").values())
     record, = records(tmp_path / "out")
     assert record["fall_measured"] == pytest.approx(record["fall_predicted"], rel=0.1)
 
 
 def test_a_model_that_predicts_v_is_trained_as_well(tmp_path):
     """Its weights predict epsilon, so the pictures are nothing; that the step is v's is tested above."""
-    model_with(tmp_path / "v", "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    model_with(tmp_path / "v", SCHEDULER, prediction_type="v_prediction")
     assert small(tmp_path / "out", "--model", tmp_path / "v", "--noise", "--sam", "--train-steps", "1") == 0
     assert records(tmp_path / "out")[0]["grad_norm"] > 0
 
 
 def test_prompt_files_of_every_make_are_read(tmp_path):
-    text = "\ufeffa red circle\r\n\r\n   \r\na blue square  \r\n" + "very " * 2000 + "long\r\nun cercle déjà vu"
+    long = "very " * 2000 + "long"
+    text = f"\ufeffa red circle\r\n\r\n   \r\na blue square  \r\n{long}\r\nun cercle déjà vu"
     (tmp_path / "prompts.txt").write_bytes(text.encode())
     prompts = rsaft.read_prompts(tmp_path / "prompts.txt")
-    assert prompts == ["a red circle", "a blue square", "very " * 2000 + "long", "un cercle déjà vu"]
-    assert small(tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--eval-reward", "judge", "--train-steps",
-                 "1") == 0
+    assert prompts == ["a red circle", "a blue square", long, "un cercle déjà vu"]
+    assert small(tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--eval-reward", "judge",
+                 "--train-steps", "1") == 0
 
 
 def test_help_gives_every_flag_with_its_default_and_the_papers_on_two_screens():
@@ -1420,23 +1476,36 @@ def test_help_gives_every_flag_with_its_default_and_the_papers_on_two_screens():
 
 def test_copied_alone_into_an_empty_folder_it_still_runs(tmp_path):
     shutil.copy(HERE / "rsaft.py", tmp_path)
-    command = [sys.executable, "rsaft.py", "--model", str(MODEL), "--models", str(TINY), "--prompts",
-               str(TINY / "prompts.txt"), "--batch-size", "2", "--sampling-steps", "2", "--train-steps", "1",
-               "--eval-images", "2", "--sam", "--noise"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = run("--model", MODEL, "--models", TINY, "--prompts", TINY / "prompts.txt", "--batch-size", 2,
+                 "--sampling-steps", 2, "--train-steps", 1, "--eval-images", 2, "--sam", "--noise",
+                 command=[sys.executable, "rsaft.py"], cwd=tmp_path)
     assert result.returncode == 0 and (tmp_path / "runs" / "000" / ADAPTER).is_file(), result.stderr
 
 
-# ---- A reward is a guest -------------------------------------------------------------------------------------
+# ---- A reward is a guest -----------------------------------------------------------------------------------
 
-GUESTS = {
-    "writes": "def f(images, prompts):\n    images *= 0.5\n    return images.mean((1, 2, 3))\n",
-    "pure": "def f(images, prompts):\n    return (0.5 * images).mean((1, 2, 3))\n",
-    "neighbour": "from dataclasses import dataclass\nimport helper_of_a_guest\nimport rsaft\n\n\n@dataclass\nclass Weight"
-                 ":\n    value: 'float'\n\n\ndef f(images, prompts):\n    assert rsaft.clip_pixels\n"
-                 "    return Weight(helper_of_a_guest.half).value * images.mean((1, 2, 3))\n",
-    "helper_of_a_guest": "half = 0.5\n",
-}
+def returning(expression):
+    """The text of a reward f that returns this."""
+    return f"def f(images, prompts):\n    return {expression}\n"
+
+
+RAISES = "def f(images, prompts):\n    raise RuntimeError('no pictures today')\n"
+NEIGHBOUR = '''
+from dataclasses import dataclass
+import helper_of_a_guest
+import rsaft
+
+@dataclass
+class Weight:
+    value: 'float'
+
+def f(images, prompts):
+    assert rsaft.clip_pixels
+    return Weight(helper_of_a_guest.half).value * images.mean((1, 2, 3))
+'''
+GUESTS = {"writes": "def f(images, prompts):\n    images *= 0.5\n    return images.mean((1, 2, 3))\n",
+          "pure": returning("(0.5 * images).mean((1, 2, 3))"),
+          "neighbour": NEIGHBOUR, "helper_of_a_guest": "half = 0.5\n"}
 
 
 def test_a_guest_may_write_into_its_images_import_its_neighbour_and_use_dataclasses(tmp_path):
@@ -1445,24 +1514,30 @@ def test_a_guest_may_write_into_its_images_import_its_neighbour_and_use_dataclas
         (tmp_path / f"{name}.py").write_text(text)
     results = []
     for name in "writes", "pure", "neighbour":
-        assert small(tmp_path / name, "--reward", f"{tmp_path}/{name}.py:f", "--eval-reward", "judge", "--train-steps",
-                     "2", "--noise") == 0
-        results.append((adapter(tmp_path / name), [record["judge"] for record in records(tmp_path / name, True)]))
+        out = tmp_path / name
+        assert small(out, "--reward", f"{tmp_path}/{name}.py:f", "--eval-reward", "judge",
+                     "--train-steps", "2", "--noise") == 0
+        results.append((adapter(out), [record["judge"] for record in records(out, evaluations=True)]))
     assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("returned, words", [
     ("images.mean()", r"shape \(\)"), ("images.mean((2, 3))", r"shape \(2, 3\)"),
-    ("images.mean((1, 2, 3)).tolist()", "a list"), ("{'a': images.mean((1, 2, 3))}", "a dict"), ("None", "NoneType"),
-    ("torch.complex(images, images).mean((1, 2, 3))", "complex64"),
+    ("images.mean((1, 2, 3)).tolist()", "a list"), ("{'a': images.mean((1, 2, 3))}", "a dict"),
+    ("None", "NoneType"), ("torch.complex(images, images).mean((1, 2, 3))", "complex64"),
     ("images.mean((1, 2, 3)) / 0", "not finite"), ("1 / 0", r"guest.py:5 .*ZeroDivisionError"),
-    ("__import__('sys').exit(3)", r"guest.py:5 .*SystemExit: 3"), ("open('/nowhere')", r"guest.py:5 .*FileNotFound"),
+    ("__import__('sys').exit(3)", r"guest.py:5 .*SystemExit: 3"),
+    ("open('/nowhere')", r"guest.py:5 .*FileNotFound"),
     ("helper(images)", r"guest.py:9 .*RuntimeError: deep down"),
 ])
 def test_what_a_guest_returns_is_checked_each_time_and_what_it_raises_is_one_line(tmp_path, returned, words):
-    (tmp_path / "guest.py").write_text("import torch\nfine = True\n\ndef f(images, prompts):\n    return images.mean((1, 2"
-                                       f", 3)) if fine else {returned}\n\n\ndef helper(images):\n    raise RuntimeError("
-                                       "'deep\\ndown')\n")
+    (tmp_path / "guest.py").write_text(
+        "import torch\n"
+        "fine = True\n\n"
+        "def f(images, prompts):\n"
+        f"    return images.mean((1, 2, 3)) if fine else {returned}\n\n\n"
+        "def helper(images):\n"
+        "    raise RuntimeError('deep\\ndown')\n")
     reward = rsaft.make_reward(f"{tmp_path}/guest.py:f")
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(reward(images, ["a", "b"]), images.mean((1, 2, 3)))
@@ -1472,60 +1547,75 @@ def test_what_a_guest_returns_is_checked_each_time_and_what_it_raises_is_one_lin
     assert f"{tmp_path}/guest.py:f" in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("role, words", [("--reward", "guest.py:7 .*OSError: no pictures"), ("--eval-reward", "not fin")])
-def test_a_guest_that_fails_in_mid_run_ends_it_in_one_line_and_what_was_saved_is_whole(tmp_path, capsys, role, words):
-    (tmp_path / "guest.py").write_text(
-        "calls = 0\n\ndef trained(images, prompts):\n    global calls\n    calls += 1\n    if calls > 19:\n"
-        "        raise OSError('no pictures')\n    return images.mean((1, 2, 3))\n\n\ndef held_out(images, prompts):\n"
-        "    global calls\n    calls += 1\n    return images.mean((1, 2, 3)) * (float('nan') if calls > 20 else 1)\n")
-    guest = f"{tmp_path}/guest.py:" + ("trained" if role == "--reward" else "held_out")
-    flags = ["--eval-every", "0" if role == "--reward" else "1"]
-    assert small(tmp_path / "out", role, guest, *flags, "--train-steps", "9") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+TIRED = '''\
+calls = 0
+
+def trained(images, prompts):
+    global calls
+    calls += 1
+    if calls > 19:
+        raise OSError('no pictures')
+    return images.mean((1, 2, 3))
+
+def held_out(images, prompts):
+    global calls
+    calls += 1
+    return images.mean((1, 2, 3)) * (float('nan') if calls > 20 else 1)
+
+def fragile(images, prompts):
+    global calls
+    calls += 1
+    extra = (images * 0).sum((1, 2, 3)).sqrt() if calls > 20 else 0
+    return images.mean((1, 2, 3)) + extra
+'''
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--reward", "guest.py:trained", "--eval-every", "0"], "guest.py:7 .*OSError: no pictures"),
+    (["--eval-reward", "guest.py:held_out", "--eval-every", "1"], "not fin")])
+def test_a_guest_that_fails_in_mid_run_ends_it_in_one_line_and_what_was_saved_is_whole(
+        tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("guest.py").write_text(TIRED)
+    assert small(tmp_path / "out", *flags, "--train-steps", "9") == 2
+    error = last_line(capsys)
     assert error.startswith("rsaft.py: the reward ") and re.search(words, error)
     made = len(records(tmp_path / "out"))
     assert made > 0 and "NaN" not in (tmp_path / "out" / "log.jsonl").read_text()
-    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
-    assert len(state["updates"]) == made and all(tensor.isfinite().all() for tensor in state["adapter"].values())
-    assert "Traceback" in run_with_traceback(tmp_path) if role == "--reward" else True
-
-
-def run_with_traceback(folder):
-    """One environment variable, named in the line, shows the whole traceback."""
-    (folder / "raises.py").write_text("def f(images, prompts):\n    raise RuntimeError('no pictures today')\n")
-    result = run("--tiny", "--reward", folder / "raises.py:f", "--out", folder / "never",
-                 environment={"RSAFT_TRACEBACK": "1"})
-    assert result.returncode == 2 and not (folder / "never").exists()
-    return result.stderr
+    assert_saved(tmp_path / "out", made)
 
 
 def test_an_update_without_a_finite_gradient_ends_the_run_and_the_last_good_adapter_stays(tmp_path, capsys):
     """The reward is finite, but its gradient is not: sqrt at 0 of a term that counts for nothing."""
-    (tmp_path / "mine.py").write_text(
-        "calls = 0\n\ndef fragile(images, prompts):\n    global calls\n    calls += 1\n    extra = (images * 0).sum((1, "
-        "2, 3)).sqrt() if calls > 20 else 0\n    return images.mean((1, 2, 3)) + extra\n")
-    assert small(tmp_path / "out", "--reward", f"{tmp_path}/mine.py:fragile", "--eval-every", "0") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "guest.py").write_text(TIRED)
+    assert small(tmp_path / "out", "--reward", f"{tmp_path}/guest.py:fragile", "--eval-every", "0") == 2
+    error = last_line(capsys)
     assert error.startswith("rsaft.py: update 3 has a reward of") and str(tmp_path / "out") in error
-    assert len(records(tmp_path / "out")) == 2
-    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
-    assert all(tensor.isfinite().all() for tensor in state["adapter"].values())
+    assert_saved(tmp_path / "out", 2)
 
 
-# ---- A run is a function of its settings, and --out is where it is kept --------------------------------------------
+def test_one_environment_variable_shows_the_whole_traceback(tmp_path):
+    """It is named in the line."""
+    (tmp_path / "raises.py").write_text(RAISES)
+    result = run("--tiny", "--reward", tmp_path / "raises.py:f", "--out", tmp_path / "never",
+                 environment={"RSAFT_TRACEBACK": "1"})
+    assert result.returncode == 2 and "Traceback" in result.stderr and not (tmp_path / "never").exists()
+
+
+# ---- A run is a function of its settings, and --out is where it is kept ------------------------------------
 
 def test_a_killed_run_goes_on_by_the_same_command_and_ends_with_the_same_bits(finished, tmp_path):
     """By SIGKILL, at whatever moment; experiments/kills.py tries every file operation."""
-    killed, flags = tmp_path / "killed", ["--sam", "--noise", "--eval-every", "1"]
-    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_rsaft; test_rsaft.small(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", program, str(killed), *flags], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    log = killed / "log.jsonl"
+    killed, log = tmp_path / "killed", tmp_path / "killed" / "log.jsonl"
+    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); "
+               "import test_rsaft; test_rsaft.small(*sys.argv[1:])")
+    process = subprocess.Popen([sys.executable, "-c", program, str(killed), *FLAGS],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (log.is_file() and "grad_norm" in log.read_text()):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9 and not (killed / "samples" / "step_000003.png").exists()
-    assert small(killed, *flags) == 0 and story(killed) == story(finished)
+    assert small(killed, *FLAGS) == 0 and story(killed) == story(finished)
     a, b = files(killed), files(finished)
     assert [path.removeprefix(str(killed)) for path in a] == [path.removeprefix(str(finished)) for path in b]
     for path, other in zip(a, b):
@@ -1533,30 +1623,27 @@ def test_a_killed_run_goes_on_by_the_same_command_and_ends_with_the_same_bits(fi
             assert a[path] == b[other], path
 
 
-def test_a_finished_run_says_so_and_prolonged_it_is_the_long_run(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    flags = ["--sam", "--noise", "--eval-every", "1"]
-    assert small(tmp_path / "run", *flags) == 0
+def test_a_finished_run_says_so_and_prolonged_it_is_the_long_run(finished, copied, tmp_path, capsys):
+    assert small(copied, *FLAGS) == 0
     assert "has made all its updates" in capsys.readouterr().out
-    assert story(tmp_path / "run") == story(finished) and adapter(tmp_path / "run") == adapter(finished)
-    assert small(tmp_path / "run", *flags, "--train-steps", "4") == 0 == small(tmp_path / "long", *flags, "--train-steps",
-                                                                               "4")
-    assert story(tmp_path / "run") == story(tmp_path / "long")
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "long")
+    assert_same_end(copied, finished)
+    for out in copied, tmp_path / "long":
+        assert small(out, *FLAGS, "--train-steps", "4") == 0
+    assert_same_end(copied, tmp_path / "long")
 
 
-def test_a_second_run_on_the_same_folder_is_refused_and_the_lock_dies_with_its_process(finished, tmp_path, capsys):
+def test_a_second_run_on_the_same_folder_is_refused_and_the_lock_dies_with_its_process(copied, capsys):
     import fcntl
-    shutil.copytree(finished, tmp_path / "run")
-    before = files(tmp_path / "run")
-    with open(tmp_path / "run" / ".lock", "w") as lock:
+    before = files(copied)
+    with open(copied / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert small(tmp_path / "run", "--sam", "--noise", "--eval-every", "1", "--train-steps", "4") == 2
+        assert small(copied, *FLAGS, "--train-steps", "4") == 2
     assert "another run is writing" in capsys.readouterr().err
-    assert files(tmp_path / "run") == before
+    assert files(copied) == before
 
 
-def test_ctrl_c_and_a_full_disk_end_the_run_in_one_line_that_says_how_to_go_on(finished, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_and_a_full_disk_end_the_run_in_one_line_that_says_how_to_go_on(
+        finished, tmp_path, monkeypatch, capsys):
     fsync, calls = os.fsync, []
     for number, (what, words) in enumerate([(KeyboardInterrupt(), "by hand"),
                                             (OSError(28, "No space left on device"), "No space left")]):
@@ -1571,12 +1658,11 @@ def test_ctrl_c_and_a_full_disk_end_the_run_in_one_line_that_says_how_to_go_on(f
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", failing)
-            assert small(out, "--sam", "--noise", "--eval-every", "1") == 1
-        error = capsys.readouterr().err.splitlines()[-1]
+            assert small(out, *FLAGS) == 1
+        error = last_line(capsys)
         assert words in error and f"the same command with --out {out} goes on" in error
-        assert small(out, "--sam", "--noise", "--eval-every", "1") == 0
-        assert story(out) == story(finished) and adapter(out) == adapter(finished)
-        capsys.readouterr()
+        assert small(out, *FLAGS) == 0
+        assert_same_end(out, finished)
 
 
 class Malicious:
@@ -1584,76 +1670,88 @@ class Malicious:
         return os.mkdir, ("run-by-a-pickle",)
 
 
-def changed(out, **changes):
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    torch.save({**state, **{name: change(state[name]) for name, change in changes.items()}}, out / "checkpoint.pt")
+def changed(**changes):
+    """What gives a checkpoint other entries: {entry: function of the old one}."""
+    def change(file):
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, **{name: function(state[name]) for name, function in changes.items()}}, file)
+
+    return change
+
+
+def changed_tensors(function):
+    """The same for each tensor of the adapter."""
+    return changed(adapter=lambda state: {name: function(tensor) for name, tensor in state.items()})
 
 
 def renamed(state):
     return {name.replace("attn1", "attention"): tensor for name, tensor in state.items()}
 
 
-OTHER = ["--sam", "--noise", "--eval-every", "1"]
-SPOILT = [
-    (lambda out: (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:5000]), [], "can't be read"),
-    (lambda out: (out / "checkpoint.pt").write_bytes(b""), [], "can't be read"),
-    (lambda out: torch.save(Malicious(), out / "checkpoint.pt"), [], "can't be read"),
-    (lambda out: torch.save({"step": 1}, out / "checkpoint.pt"), [], "not the checkpoint of a run"),
-    (lambda out: torch.save([1, 2], out / "checkpoint.pt"), [], "not the checkpoint of a run"),
-    (lambda out: changed(out, settings=lambda _: "all"), [], "not the checkpoint of a run"),
-    (lambda out: changed(out, updates=lambda _: 3), [], "not the checkpoint of a run"),
-    (lambda out: changed(out, adapter=lambda state: {name: tensor[:, :-1] for name, tensor in state.items()}), [],
-     "another shape"),
-    (lambda out: changed(out, adapter=lambda state: {name: tensor[:1, :1] for name, tensor in state.items()}), [],
-     "another shape"),
-    (lambda out: changed(out, adapter=lambda state: {name: tensor / 0 for name, tensor in state.items()}), [],
-     "not finite"),
-    (lambda out: changed(out, adapter=renamed), [], "attention"),
-    (lambda out: changed(out, optimizer=lambda _: {}), [], "doesn't fit"),
-    (lambda out: (out / "checkpoint.pt").unlink(), [], "holds no run"),
-    (None, ["--learning-rate", "0.5", "--seed", "1"], "learning_rate 0.002, not 0.5; seed 0, not 1"),
-    (None, ["--rank", "8"], "rank 4, not 8"),
-    (None, ["--method", "refl"], "method draft, not refl"),
-    (None, ["--height", "64"], "height 32, not 64"),
-    (None, ["--prompts", "ten.txt"], "prompts"),
-    (None, ["--train-steps", "2"], "past update 2"),
+SPOILT = [                                                         # what is done to the checkpoint
+    (lambda file: file.write_bytes(file.read_bytes()[:5000]), "can't be read"),
+    (lambda file: file.write_bytes(b""), "can't be read"),
+    (lambda file: torch.save(Malicious(), file), "can't be read"),
+    (lambda file: torch.save({"step": 1}, file), "not the checkpoint of a run"),
+    (lambda file: torch.save([1, 2], file), "not the checkpoint of a run"),
+    (changed(settings=lambda _: "all"), "not the checkpoint of a run"),
+    (changed(updates=lambda _: 3), "not the checkpoint of a run"),
+    (changed_tensors(lambda tensor: tensor[:, :-1]), "another shape"),
+    (changed_tensors(lambda tensor: tensor[:1, :1]), "another shape"),
+    (changed_tensors(lambda tensor: tensor / 0), "not finite"),
+    (changed(adapter=renamed), "attention"),
+    (changed(optimizer=lambda _: {}), "doesn't fit"),
+    (lambda file: file.unlink(), "holds no run"),
+]
+
+CHANGED = [                                                        # other flags than the run began with
+    (["--learning-rate", "0.5", "--seed", "1"], "learning_rate 0.002, not 0.5; seed 0, not 1"),
+    (["--rank", "8"], "rank 4, not 8"),
+    (["--method", "refl"], "method draft, not refl"),
+    (["--height", "64"], "height 32, not 64"),
+    (["--prompts", "ten.txt"], "prompts"),
+    (["--train-steps", "2"], "past update 2"),
 ]
 
 
 def test_a_run_that_cannot_go_on_is_left_as_it_is(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("ten.txt").write_text("\n".join(PROMPTS[:10]))
-    for spoil, flags, words in SPOILT:
+
+    def refused(words, *flags, spoil=None):
         shutil.rmtree("run", ignore_errors=True)
         shutil.copytree(finished, "run")
         if spoil:
-            spoil(Path("run"))
+            spoil(Path("run", "checkpoint.pt"))
         before = files("run")
-        assert small("run", *OTHER, *flags) == 2, words
-        error = capsys.readouterr().err
-        assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
+        assert small("run", *FLAGS, *flags) == 2, words
+        assert_one_line(capsys.readouterr().err, words)
         assert files("run") == before and not Path("run-by-a-pickle").exists(), words
 
+    for spoil, words in SPOILT:
+        refused(words, spoil=spoil)
+    for flags, words in CHANGED:
+        refused(words, *flags)
 
-def test_what_is_made_from_the_checkpoint_is_made_again(finished, tmp_path):
-    """A kill between two files, a log that was cut, a config that was spoilt: the checkpoint is the only truth."""
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1')
-    (tmp_path / "run" / "config.json").write_text("[]")
-    (tmp_path / "run" / ADAPTER).unlink()
-    assert small(tmp_path / "run", *OTHER) == 0
-    assert story(tmp_path / "run") == story(finished) and adapter(tmp_path / "run") == adapter(finished)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["rank"] == 4
+
+def test_what_is_made_from_the_checkpoint_is_made_again(finished, copied):
+    """A kill between two files, a log cut short, a config spoilt: the checkpoint is the only truth."""
+    (copied / "log.jsonl").write_text('{"step": 1')
+    (copied / "config.json").write_text("[]")
+    (copied / ADAPTER).unlink()
+    assert small(copied, *FLAGS) == 0
+    assert_same_end(copied, finished)
+    assert json.loads((copied / "config.json").read_text())["rank"] == 4
 
 
 UPDATE = """
-import json, sys
+import os, sys
 from functools import partial
 import torch
 import rsaft
 
 folder = sys.argv[1]
-if "WORLD_SIZE" in __import__("os").environ:
+if "WORLD_SIZE" in os.environ:
     torch.distributed.init_process_group()
 rsaft.quiet_libraries()
 model = rsaft.load_model("tiny/stable-diffusion", 4, 3.0)
@@ -1668,12 +1766,13 @@ def watched(gradients, rho):
 
 rsaft.parameter_perturbation = watched
 log = rsaft.rsaft_gradient(batches, partial(rsaft.sample_starts, model, plan, size=2),
-                           partial(rsaft.sample_images, model, plan), rsaft.make_reward("pickscore", "tiny"), params,
-                           0.01, 0.01)
-torch.save({"e": seen[0], "gradient": [p.grad for p in params], "log": log}, f"{folder}/update-{rsaft.process_index()}.pt")
-code = rsaft.main(["--tiny", "--noise", "--sam", "--train-steps", "2", "--sampling-steps", "4", "--batch-size", "4",
-                   "--micro-batch-size", "2", "--eval-images", "6", "--eval-every", "1", "--out", f"{folder}/run"])
-sys.exit(code)
+                           partial(rsaft.sample_images, model, plan),
+                           rsaft.make_reward("pickscore", "tiny"), params, 0.01, 0.01)
+torch.save({"e": seen[0], "gradient": [p.grad for p in params], "log": log},
+           f"{folder}/update-{rsaft.process_index()}.pt")
+sys.exit(rsaft.main(["--tiny", "--noise", "--sam", "--train-steps", "2", "--sampling-steps", "4",
+                     "--batch-size", "4", "--micro-batch-size", "2", "--eval-images", "6",
+                     "--eval-every", "1", "--out", f"{folder}/run"]))
 """
 
 
@@ -1682,11 +1781,10 @@ def test_two_processes_make_the_update_of_one_and_write_its_log(tmp_path):
     script = tmp_path / "update.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + UPDATE)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1"}
     for name, command in ("one", [sys.executable]), ("two", torchrun):
         (tmp_path / name).mkdir()
-        result = subprocess.run([*command, script, tmp_path / name], cwd=HERE, capture_output=True, text=True,
-                                env=environment)
+        result = run(script, tmp_path / name, command=command, environment=environment, cwd=HERE)
         assert result.returncode == 0, result.stderr
     assert result.stdout.count("adapter, log.jsonl") == 1 and "cpu x 2" in result.stdout
     expected = torch.load(tmp_path / "one" / "update-0.pt")
@@ -1695,44 +1793,36 @@ def test_two_processes_make_the_update_of_one_and_write_its_log(tmp_path):
         for name in "e", "gradient":
             a, b = (torch.cat([tensor.detach().flatten() for tensor in x[name]]) for x in (update, expected))
             assert (a - b).norm() < 1e-3 * b.norm() and b.norm() > 0
-        assert update["log"] == {name: pytest.approx(value, rel=1e-3) for name, value in expected["log"].items()}
-    one, two = story(tmp_path / "one" / "run"), story(tmp_path / "two" / "run")
+        assert update["log"] == {name: pytest.approx(value, rel=1e-3)
+                                 for name, value in expected["log"].items()}
+    runs = [tmp_path / name / "run" for name in ("one", "two")]
+    one, two = map(story, runs)
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for a, b in zip(one, two):
         a, b = ({name: value for name, value in line.items() if name != "pictures"} for line in (a, b))
         assert b == {name: pytest.approx(value, rel=2e-2, abs=1e-5) for name, value in a.items()}
-    for a, b in zip(records(tmp_path / "one" / "run", True), records(tmp_path / "two" / "run", True)):
+    for a, b in zip(*(records(out, evaluations=True) for out in runs)):
         assert a["pictures"]["pickscore"] == pytest.approx(b["pictures"]["pickscore"], rel=2e-2)
-    result = subprocess.run([*torchrun, HERE / "rsaft.py", "--bogus"], capture_output=True, text=True, env=environment)
+    result = run(HERE / "rsaft.py", "--bogus", command=torchrun, environment=environment)
     assert result.returncode != 0 and result.stderr.count("rsaft.py: unrecognized arguments: --bogus") == 1
 
 
-# ---- One line, always ----------------------------------------------------------------------------------------------
-
-def model_with(folder, file, **changes):
-    """The tiny model with other entries in one of its files; with no entry, the first half of that file."""
-    shutil.copytree(MODEL, folder)
-    path = Path(folder, file)
-    if changes:
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    else:
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
+# ---- One line, always --------------------------------------------------------------------------------------
 
 OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n", "syntax.py": "def f(:\n",
-       "shape.py": "def f(images, prompts):\n    return images.mean()\n",
-       "two.py": "def f(images, prompts):\n    return {'a': images.mean((1, 2, 3)), 'b': images.mean((1, 2, 3))}\n",
-       "nan.py": "def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n",
-       "hard.py": "def f(images, prompts):\n    return (images > 0.5).float().mean((1, 2, 3))\n",
-       "raises.py": "def f(images, prompts):\n    raise RuntimeError('no pictures today')\n",
-       "names.py": "def reward(images, prompts):\n    return images.mean((1, 2, 3))\n\n\ns1 = pickscore = reward\n",
+       "shape.py": returning("images.mean()"),
+       "two.py": returning("{'a': images.mean((1, 2, 3)), 'b': images.mean((1, 2, 3))}"),
+       "nan.py": returning("images.mean((1, 2, 3)) * float('nan')"),
+       "hard.py": returning("(images > 0.5).float().mean((1, 2, 3))"),
+       "raises.py": RAISES,
+       "names.py": returning("images.mean((1, 2, 3))") + "\n\nreward = s1 = pickscore = f\n",
        "leaves.py": "import sys\nsys.exit('enough')\n"}
 
-SCHEDULER = "scheduler/scheduler_config.json"
 MODELS = {"sdxl": dict(file="model_index.json", _class_name="StableDiffusionXLPipeline"),
           "foreign": dict(file="model_index.json", unet=["subprocess", "Popen"]),
           "unconditional": dict(file="unet/config.json", _class_name="UNet2DModel"),
-          "sample": dict(file=SCHEDULER, prediction_type="sample"), "clipped": dict(file=SCHEDULER, thresholding=True),
+          "sample": dict(file=SCHEDULER, prediction_type="sample"),
+          "clipped": dict(file=SCHEDULER, thresholding=True),
           "bitten": dict(file="unet/diffusion_pytorch_model.safetensors")}
 
 BAD = [
@@ -1741,35 +1831,43 @@ BAD = [
     (["--grad-steps", "0"], "--grad-steps"), (["--micro-batch-size", "5"], "--micro-batch-size 5 "),
     (["--sampling-batch-size", "0"], "--sampling-batch-size"), (["--learning-rate", "0"], "--learning-rate"),
     (["--eval-images", "1000000000000"], "--eval-images"), (["--batch-size", "9" * 30], "--batch-size"),
-    (["--height", "1000000"], "--height"), (["--device", "tpu"], "--device"), (["--device", "cpu:abc"], "--device"),
+    (["--height", "1000000"], "--height"), (["--device", "tpu"], "--device"),
+    (["--device", "cpu:abc"], "--device"),
     (["--sampling-steps", "20000"], "--sampling-steps"), (["--height", "33"], "multiples of 4"),
     (["--prompts", "missing.txt"], "missing.txt"), (["--prompts", "empty.txt"], "empty.txt"),
     (["--prompts", "."], r"prompt file \."), (["--prompts", "latin1.txt"], "latin1.txt"),
     (["--prompts", "p" * 5000], "File name too long"), (["--out", "o" * 5000], "File name too long"),
     (["--model", "m" * 5000], "File name too long"), (["--models", "m" * 5000], "File name too long"),
     (["--reward", "r" * 5000 + ".py:f"], "File name too long"),
-    (["--prompts", "dogs.txt"], "a dog"), (["--reward", "beauty"], "beauty"), (["--reward", "_original"], "_original"),
-    (["--reward", "../tiny/world"], "tiny/world"), (["--reward", "missing.py:f"], "missing.py"),
-    (["--reward", "none.py:f"], "no attribute 'f'"), (["--reward", "broken.py:f"], "broken.py:1.*nothing_of_that_name"),
+    (["--prompts", "dogs.txt"], "a dog"), (["--reward", "beauty"], "beauty"),
+    (["--reward", "_original"], "_original"), (["--reward", "../tiny/world"], "tiny/world"),
+    (["--reward", "missing.py:f"], "missing.py"), (["--reward", "none.py:f"], "no attribute 'f'"),
+    (["--reward", "broken.py:f"], "broken.py:1.*nothing_of_that_name"),
     (["--reward", "syntax.py:f"], "SyntaxError"), (["--reward", "leaves.py:f"], "leaves.py:2.*enough"),
-    (["--reward", "shape.py:f"], "shape"), (["--reward", "nan.py:f"], "not finite"), (["--reward", "two.py:f"], "a dict"),
-    (["--eval-reward", "two.py:f"], "a dict"), (["--reward", "hard.py:f"], "not differentiable"),
+    (["--reward", "shape.py:f"], "shape"), (["--reward", "nan.py:f"], "not finite"),
+    (["--reward", "two.py:f"], "a dict"), (["--eval-reward", "two.py:f"], "a dict"),
+    (["--reward", "hard.py:f"], "not differentiable"),
     (["--reward", "raises.py:f"], r"raises.py:2.*no pictures today"), (["--reward", "judge"], "held out"),
     (["--reward", "names.py:reward"], "log names"), (["--eval-reward", "names.py:s1"], "log names"),
-    (["--eval-reward", "names.py:pickscore"], "named twice"), (["--reward", "pickscore", "pickscore=2"], "twice"),
+    (["--eval-reward", "names.py:pickscore"], "named twice"),
+    (["--reward", "pickscore", "pickscore=2"], "twice"),
     (["--reward", "pickscore=nan"], "finite"), (["--reward", "pickscore=0"], "not all of them 0"),
-    (["--reward", "pickscore=much"], "pickscore=much"), (["--reward"], "--reward"), (["--method", "dpo"], "--method"),
+    (["--reward", "pickscore=much"], "pickscore=much"), (["--reward"], "--reward"),
+    (["--method", "dpo"], "--method"),
     (["--method", "refl", "--grad-steps", "10"], "--grad-steps 10"),
     (["--method", "drtune", "--grad-steps", "8"], "--grad-steps 8"),
-    (["--stop-on-hacking", "--eval-every", "0"], "--eval-every"), (["--eval-prompts", "missing.txt"], "missing.txt"),
-    (["--eval-reward", "beauty"], "beauty"), (["--models", "nowhere"], "nowhere"), (["--models", "."], "pickscore"),
+    (["--stop-on-hacking", "--eval-every", "0"], "--eval-every"),
+    (["--eval-prompts", "missing.txt"], "missing.txt"), (["--eval-reward", "beauty"], "beauty"),
+    (["--models", "nowhere"], "nowhere"), (["--models", "."], "pickscore"),
     (["--model", "."], "model_index.json"), (["--model", "./nowhere"], "nowhere"),
     (["--model", str(TINY / "pickscore")], "model_index.json"), (["--out", "full"], "not empty"),
-    (["--out", str(MODEL)], "not empty"), (["--out", "empty.txt"], "empty.txt"), (["--out", "empty.txt/out"], "empty.txt"),
+    (["--out", str(MODEL)], "not empty"), (["--out", "empty.txt"], "empty.txt"),
+    (["--out", "empty.txt/out"], "empty.txt"),
     (["--sam-rollout", "half"], "--sam-rollout"), (["--eval-images", "0"], "--eval-images"),
     (["--seed", "1.5"], "--seed"), (["--dtype", "float16"], "--dtype"), (["--resume"], "--resume"),
     (["--model", "sdxl"], "StableDiffusionXLPipeline"), (["--model", "unconditional"], "UNet2DModel"),
-    (["--model", "foreign"], "its unet doesn't load.*subprocess"), (["--rank", "100000"], "rank 100000 is above 32"),
+    (["--model", "foreign"], "its unet doesn't load.*subprocess"),
+    (["--rank", "100000"], "rank 100000 is above 32"),
     (["--model", "sample"], "prediction_type"), (["--model", "clipped"], "clip"),
     (["--model", "bitten"], "unet doesn't load|doesn't load as a UNet"),
 ]
@@ -1789,22 +1887,21 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, monkeyp
     before = sorted(str(path) for path in Path().rglob("*"))
     for flags, words in BAD:
         assert rsaft.main(["--tiny", *flags]) == 2, flags
-        error = capsys.readouterr().err
-        assert re.search(words, error) and error.startswith("rsaft.py: ") and len(error.splitlines()) == 1, error
+        assert_one_line(capsys.readouterr().err, words)
     left = sorted(str(path) for path in Path().rglob("*") if "__pycache__" not in str(path))
     assert left == before
 
 
 @pytest.mark.parametrize("environment, words", [
     ({"RANK": "0", "WORLD_SIZE": "3"}, "--batch-size 32 can't be divided .* 3 processes"),
-    ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of 2"),
+    ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of 2"),
     ({"WORLD_SIZE": "-1"}, "RANK and WORLD_SIZE")])
 def test_an_environment_that_is_not_torchruns_is_one_line(monkeypatch, capsys, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert rsaft.main(["--tiny", "--micro-batch-size", "1"]) == 2
-    error = capsys.readouterr().err
-    assert re.search(words, error) and len(error.splitlines()) == 1
+    assert_one_line(capsys.readouterr().err, words)
 
 
 def test_out_of_memory_is_one_line_whatever_its_kind(tmp_path, monkeypatch, capsys):
@@ -1821,14 +1918,14 @@ def test_out_of_memory_is_one_line_whatever_its_kind(tmp_path, monkeypatch, caps
 def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_ways_out():
     """The address is one that answers nothing, so that this holds with and without a network."""
     result = run("--reward", "pickscore", environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert "--tiny" in result.stderr and "--models" in result.stderr
+    assert_one_line(result.stderr)
+    assert result.returncode == 2 and "--tiny" in result.stderr and "--models" in result.stderr
 
 
 def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):
-    """As `| head -1` does. A closed stdout is nobody's loss, and a path may hold what the terminal can't show."""
-    flags = ["--tiny", "--sampling-steps", "2", "--batch-size", "2", "--eval-images", "2", "--rank", "2", "--out"]
-    process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), *flags, str(tmp_path / "out")],
+    """As `| head -1` does."""
+    flags = ["--tiny", "--sampling-steps", "2", "--batch-size", "2", "--eval-images", "2", "--rank", "2"]
+    process = subprocess.Popen([*RSAFT, *flags, "--out", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
@@ -1837,37 +1934,57 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):
 
 
 def test_a_closed_stdout_and_a_terminal_without_letters_cause_no_traceback(tmp_path, monkeypatch):
+    """A closed stdout is nobody's loss, and a path may hold what the terminal can't show."""
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", None)
         assert small(tmp_path / "out", "--train-steps", "1") == 0
     result = run("--tiny", "--prompts", "d\xe9j\xe0.txt",
                  environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and result.stderr.isascii()
+    assert_one_line(result.stderr)
+    assert result.returncode == 2 and result.stderr.isascii()
 
 
 def test_ctrl_c_during_the_imports_is_silent():
-    import signal
-    process = subprocess.Popen([sys.executable, str(HERE / "rsaft.py"), "--help"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen([*RSAFT, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert b"Traceback" not in error
 
 
-def test_the_patch_in_the_readme_is_algorithm_1():
-    """Its code is run as it stands there, inside a reader's loop, and must give the update of rsaft_gradient."""
-    patch = next(block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-                 if "perturbed(" in block)
-    reference, toy = Toy(), Toy()
-    _, expected = reference(rho=1e-2, rho_w=1e-2)
-    updates = []
+def run_patch(patch, maximize):
+    """Run README's lines as they stand, in a reader's loop. Returns the optimizer's gradient, deltas and e."""
+    toy, updates = Toy(micro_batch_size=2), []
+    noise = {tuple(batch.prompts): batch.noise("xT", (3, 4, 4)).double() for batch in toy.batches}
+    before = toy.theta.detach().clone()
 
     class Optimizer(torch.optim.SGD):
         def step(self):
-            updates.append(self.param_groups[0]["params"][0].grad.clone())
+            assert torch.equal(toy.theta, before)
+            updates.append(toy.theta.grad.clone())
 
-    batch, optimizer = toy.batches[0], Optimizer([toy.theta], maximize=True)
-    exec(patch, dict(reward=toy.reward, params=[toy.theta], prompts=batch.prompts, optimizer=optimizer,
-                     generate=lambda prompts: toy.theta * batch.noise("xT", (3, 4, 4)).double()))
-    assert_close(updates, [expected], rtol=1e-9, atol=1e-9)
+    names = dict(micro_batches=[batch.prompts for batch in toy.batches], total=4, reward=toy.reward,
+                 params=[toy.theta], optimizer=Optimizer([toy.theta], maximize=maximize),
+                 generate=lambda prompts: toy.theta * noise[tuple(prompts)],
+                 **{name: getattr(rsaft, name) for name in ("parameter_perturbation", "perturbed",
+                                                            "reward_gradient", "sample_perturbation")})
+    exec(patch, names)
+    return updates[0], torch.cat(names["deltas"]), names["e"]
+
+
+def test_the_loops_in_the_readme_are_algorithm_1_uphill_and_downhill():
+    """And the test that README gives for them: radius 0 with both passes is the plain gradient to the bit, the
+    norms reached are the radii, and the optimizer's step finds the weights of before."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    loops = [block for block in blocks if "perturbed(" in block]
+    assert len(loops) == 2 and "import" in loops[0]
+    _, expected = Toy(micro_batch_size=2)(rho=1e-2, rho_w=1e-2)
+    _, plain = Toy(micro_batch_size=2)()
+    for patch, sign in zip(loops, (1, -1)):
+        gradient, d, e = run_patch(patch, maximize=sign > 0)
+        assert_close(gradient, sign * expected, rtol=1e-9, atol=1e-9)
+        assert_close(d.flatten(1).norm(dim=1), torch.full((4,), 1e-2, dtype=torch.float64))
+        assert_close(e[0].norm(), torch.tensor(1e-2, dtype=torch.float64))
+        gradient, _, _ = run_patch(patch.replace("1e-2", "0.0"), maximize=sign > 0)
+        assert_close(gradient, sign * plain, rtol=1e-12, atol=1e-12)
+        assert patch.count("1e-2") == 2

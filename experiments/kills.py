@@ -1,10 +1,11 @@
-"""Killed at every file operation, does a run end with the bits of one that wasn't? `python experiments/kills.py`
+"""Killed at every file operation, does a run still end with the same bits? `python experiments/kills.py`
 
-A small run on the small world with both perturbations is killed (the process ends at once, no handler runs) just before
-its 1st, 2nd, 3rd ... file operation in its folder: a file opened, flushed to the disk (then half of it is lost), renamed,
-a folder made. Then the same command is given once more. It must not be refused, and must end with the log, the adapters
-and the pictures of a run that nobody killed. All of it twice: for a new run, and for one that goes on. Then two processes
-by torchrun, of which one is killed. About four minutes on 2 CPU cores; exit code 1 unless all ends well. Needs os.fork.
+A small run on the small world with both perturbations is killed (the process ends at once, no handler runs)
+just before its 1st, 2nd, 3rd ... file operation in its folder: a file opened, flushed to the disk (then half
+of it is lost), renamed, a folder made. Then the same command is given once more. It must not be refused, and
+must end with the log, the adapters and the pictures of a run that nobody killed. All of it twice: for a new
+run, and for one that goes on. Then two processes by torchrun, of which one is killed. About four minutes on
+2 CPU cores; exit code 1 unless all ends well. Needs os.fork.
 """
 import copy
 import json
@@ -22,14 +23,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rsaft  # noqa: E402, found through the line above
 
-FLAGS = ["--tiny", "--sam", "--noise", "--sampling-steps", "2", "--batch-size", "2", "--eval-images", "2", "--eval-every",
-         "1", "--rank", "2", "--eval-reward", "judge"]
+FLAGS = ["--tiny", "--sam", "--noise", "--sampling-steps", "2", "--batch-size", "2", "--eval-images", "2",
+         "--eval-every", "1", "--rank", "2", "--eval-reward", "judge"]
 KILLED = 9
 
 
 def story(out):
     """What must be the same: {file: content}, without the checkpoint and what a clock says."""
-    contents = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    contents = {str(path.relative_to(out)): path.read_bytes()
+                for path in sorted(out.rglob("*")) if path.is_file()}
     log = [json.loads(line) for line in contents.pop("log.jsonl").decode().splitlines()]
     for name in "checkpoint.pt", "config.json":
         del contents[name]
@@ -37,7 +39,10 @@ def story(out):
 
 
 def run(loaded, out, steps, die_at=None):
-    """A run in a process of its own, dying just before that file operation. Returns (exit code, operations so far)."""
+    """A run in a process of its own, dying just before that file operation.
+
+    Returns (exit code, operations so far).
+    """
     counter = Path(f"{out}.count")
     child = os.fork()
     if child == 0:
@@ -73,7 +78,7 @@ def run(loaded, out, steps, die_at=None):
 
 
 def every_operation(loaded, folder, begun=None):
-    """Kill a run of 2 updates at each of its operations; where `begun` is a folder, one that goes on from there."""
+    """Kill a run of 2 updates at each of its operations; with a folder `begun`, one that goes on there."""
     expected, out = folder / "whole", folder / "killed"
     count = 1
     while True:
@@ -114,9 +119,9 @@ def main():
         settings = rsaft.check(rsaft.parse([*FLAGS, "--out", str(folder / "none")]))
         loaded = rsaft.load(settings)
         assert run(loaded, folder / "whole", 2)[0] == 0 == run(loaded, folder / "begun", 1)[0]
-        print(f"a new run: killed at {every_operation(loaded, folder)} operations, always the same end", flush=True)
-        killed = every_operation(loaded, folder, folder / "begun")
-        print(f"one that goes on: killed at {killed} operations, always the same end", flush=True)
+        for what, begun in ("a new run", None), ("one that goes on", folder / "begun"):
+            killed = every_operation(loaded, folder, begun)
+            print(f"{what}: killed at {killed} operations, always the same end", flush=True)
         two_processes(folder)
         print("two processes, one of them killed: the same end")
 

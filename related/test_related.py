@@ -10,8 +10,8 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from functools import partial
@@ -878,10 +878,18 @@ def test_several_processes_are_refused(monkeypatch, capsys, main):
 
 
 @pytest.mark.parametrize("module", [gdro, crd])
-def test_help_gives_every_flag_and_none_of_rsafts_own(module, tmp_path):
-    command = [sys.executable, module.__file__, "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert f"python related/{module.__name__}.py" in text
+def test_help_gives_every_flag_and_none_of_rsafts_own(module, tmp_path, monkeypatch, capsys):
+    """Of the script, started from another folder, where it finds its neighbours by itself."""
+    monkeypatch.chdir(tmp_path)
+    for name in "rsaft", "gdro", "crd":
+        monkeypatch.delitem(sys.modules, name)
+    others = [path for path in sys.path if Path(path).resolve() not in (HERE, HERE.parent, tmp_path)]
+    monkeypatch.setattr(sys, "path", [str(HERE), *others])
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(module.__file__, run_name="__main__")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and f"python related/{module.__name__}.py" in text
     flags, mine, rsafts = re.findall(r"(?m)^  --([a-z-]+)", text), module.parse([]), rsaft.parse([])
-    assert sorted(flags) == sorted(name.replace("_", "-") for name in vars(mine))
+    assert sorted(flags) == sorted(name.replace("_", "-") for name in vars(mine).keys() - {"program"})
     assert vars(rsafts).keys() - vars(mine) == {"sam", "sam_rollout", "noise", "method", "grad_steps"}

@@ -1178,9 +1178,8 @@ class Run:
         if process_index() == 0:
             self.lock.close()
         if isinstance(error, (KeyboardInterrupt, OSError)) and not isinstance(error, BrokenPipeError):
-            why = "by hand" if isinstance(error, KeyboardInterrupt) else in_words(error)
-            raise RunStopped(f"stopped after update {len(self.updates)}, {why}; the same command with "
-                             f"--out {self.out} goes on") from error
+            why = "by hand" if isinstance(error, KeyboardInterrupt) else f"by {in_words(error)}"
+            raise RunStopped(f"stopped {why}; the same command with --out {self.out} goes on") from error
 
     def restore(self, state):
         """Take over what `save` saved. Raises what it will where that doesn't fit."""

@@ -171,8 +171,7 @@ def refl(T, rng, K=None):
 
 def drtune(T, rng, K=None):
     """DRTune (arXiv 2405.00760): K = T/10 evenly spaced steps up to a random stop in the last 40 percent,
-    where x0 is predicted. The gradient flows through the sampler's arithmetic alone: the input is
-    detached."""
+    where x0 is predicted. The gradient flows through the sampler's arithmetic alone."""
     first = T - math.ceil(0.4 * T)
     taken, K = draw(rng, first, T - 1) + 1, K or max(1, round(T / 10))
     last_steps(taken, K, first + 1)      # for its check alone
@@ -190,8 +189,7 @@ def rollout(denoise, x, steps, plan, first=0, stop=None):
 
     denoise: (x, t) -> f, the network's output with guidance, of x's shape; x: (B, C, h, w) noise xT, or the
     latents that step `first` begins with; steps: list of Step; stop: the step before which to stop, by
-    default the plan's own. Returns the last latents, (B, C, h, w), with a graph through the steps of
-    `plan.grad`.
+    default the plan's own. Returns the last latents, (B, C, h, w), with a graph as the plan has it.
     """
     for i in range(first, len(plan.grad) if stop is None else stop):
         step = steps[i]
@@ -275,8 +273,7 @@ def sample_images(model, plan, batch, start):
 # ---- The reward's gradient, and the two perturbations ------------------------------------------------------
 # A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32, and B
 # prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about 1e-5, and bfloat16, whose
-# step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So halves are made float32
-# here.
+# step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So halves become float32.
 
 def at_least_float32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -325,13 +322,11 @@ def parameter_perturbation(gradients, rho):
 
 @contextlib.contextmanager
 def perturbed(params, epsilons):
-    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits, even after an
-    exception.
+    """Add `epsilons` to `params` inside the with block; afterwards they are the same bits, come what may.
 
     Backward belongs inside (gradient checkpointing would silently recompute at theta), the optimizer's step
     outside: what it does inside is undone. Yields what was really added, after rounding; in half
-    precision most of e is lost. Adding and then subtracting isn't exact, so the values are copied and copied
-    back.
+    precision most of e is lost. Adding and subtracting isn't exact, so the values are copied and put back.
     """
     originals = [p.detach().clone() for p in params]
     try:
@@ -370,8 +365,8 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
     Returns a dict of floats, means over the pictures: `reward` at theta and x0 and, with a perturbation,
     `worst_reward` where the gradient is taken (both of each prompt's first picture), the norms reached, and
-    the fall of the reward from one to the other (of all pictures), to first order, -mean <g, d> - <gradient,
-    e>, and measured.
+    the fall of the reward between them (of all pictures): -mean <g, d> - <gradient, e> to first order, and
+    as measured.
     """
     means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))
@@ -508,8 +503,7 @@ def add_lora(network, rank, generator=None, targets=("to_q", "to_k", "to_v", "to
 def lora_parameters(network, prefix="unet"):
     """The adapter under diffusers' names, {"unet.<module>.lora_A.weight": parameter, ...}; alpha is the rank.
 
-    Trap: without the right prefix, the name of the pipeline's part, diffusers loads nothing, and raises
-    nothing.
+    Trap: without the right prefix, the pipeline's part, diffusers loads nothing, and raises nothing.
     """
     return {f"{prefix}.{name}.lora_{part}.weight": getattr(layer, part)
             for name, layer in network.named_modules() if isinstance(layer, LoRALinear) for part in "AB"}
@@ -538,8 +532,8 @@ def train(settings):
     with Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
             plan = make_plan(settings, step)
-            update_prompts = training_prompts(prompts, settings.seed, step, settings.batch_size)
-            batches = my_share(micro_batches(update_prompts, (settings.seed, step), settings.micro_batch_size))
+            drawn = training_prompts(prompts, settings.seed, step, settings.batch_size)
+            batches = my_share(micro_batches(drawn, (settings.seed, step), settings.micro_batch_size))
             make_starts = partial(sample_starts, model, plan, size=settings.sampling_batch_size)
             make_images = partial(sample_images, model, plan)
             log = rsaft_gradient(batches, make_starts, make_images, scores.total, params, rho=settings.noise,
@@ -631,8 +625,7 @@ def load_complete(kind, source, dtype=torch.float32, **where):
     """A frozen model of a class of diffusers or transformers, with all of its weights. Raises UserError.
 
     Left to themselves both libraries put random numbers where weights are missing. They are asked which these
-    are: names can't be compared from outside, since files also have surplus and old ones, which the libraries
-    know.
+    are: files also have surplus and old names, which they know, so names can't be compared from outside.
     """
     with explained(f"{source} doesn't load as a {kind.__name__}"):
         model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
@@ -727,8 +720,7 @@ class Backbone:
         gc.collect()
 
     def denoiser(self, prompts, guidance_scale=None):
-        """A function (x, t) -> f for `rollout`, the network under classifier-free guidance (arXiv
-        2207.12598).
+        """A function (x, t) -> f for `rollout`: the network under guidance (CFG, arXiv 2207.12598).
 
         The two branches run as one batch, and the gradient goes through both. x and f are float32, whatever
         the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
@@ -784,8 +776,7 @@ FAMILIES = {family.pipeline: family for family in (StableDiffusion,)}
 
 
 def inspect_model(model, height=None, width=None):
-    """What a model is, before weights load: its family, the latents' shape (C, h, w), height, width in
-    pixels.
+    """What a model is, before weights load: its family, latents' shape (C, h, w), height, width in pixels.
 
     model: a folder or a hub id; height, width: None is the model's own. Raises UserError for a model of no
     known family, and for a size that it can't make.
@@ -846,8 +837,7 @@ def clip_pixels(images, size, pad=False):
 
     Antialiased bicubic resize of the short side and a centre crop: CLIP's preprocessing of 8-bit pictures.
     That rounds the overshoot away, hence the clamp: where it acts there is no gradient. With `pad` the long
-    side is resized, zeros fill the square and nothing is clamped (HPSv2's own). The right size passes
-    untouched.
+    side is resized, zeros fill the square, nothing is clamped (HPSv2's). The right size passes untouched.
     """
     H, W = images.shape[-2:]
     if (H, W) != (size, size):
@@ -960,8 +950,7 @@ def make_reward(name, models=None, device="cpu"):
     name: pickscore, a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1]; prompts: B
     strings. models: a folder with a folder per reward; without it the weights come from the hub. A reward is
     a guest: it gets a copy of the images, and what it returns is checked each time. Raises UserError where it
-    isn't found or doesn't load; so does the function returned where it fails, or gives no finite number per
-    picture.
+    isn't found or doesn't load; so does the function returned where it fails, or gives no finite numbers.
     """
     folder = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
     with explained(f"the reward {name} doesn't load", folder):
@@ -1092,7 +1081,7 @@ CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors",
 MAY_CHANGE = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions", "device",
               "micro_batch_size", "sampling_batch_size"}
 LOG_NAMES = {"step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm", "sam_norm",
-             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # not for rewards
+             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # reserved
 
 
 def say(text):
@@ -1138,9 +1127,8 @@ def read_checkpoint(settings):
 class Run:
     """A run: its folder and lock, what survives a kill, and what the terminal shows. Use it in a with block.
 
-    settings: from `check`; adapter: {name: parameter}, what is evaluated and saved; evaluation: an
-    Evaluation; extra_state: other tensors that an update changes. Raises UserError, or RunStopped for what
-    may go on.
+    settings: from `check`; adapter: {name: parameter}, what is evaluated and saved; extra_state: other
+    tensors that an update changes. Raises UserError, or RunStopped for what may go on.
     """
 
     def __init__(self, settings, adapter, optimizer, evaluation, extra_state=()):

@@ -276,6 +276,7 @@ def sample_images(model, plan, batch, start):
 # step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So halves become float32.
 
 def at_least_float32(tensor):
+    """Halves as float32, anything else as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -445,6 +446,7 @@ def sum_over_processes(tensors):
 
 
 def distributed():
+    """Whether this is one of several processes that torchrun has started and `load` has connected."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -454,6 +456,7 @@ def process_index():
 
 
 def process_count():
+    """How many processes share the work."""
     return torch.distributed.get_world_size() if distributed() else 1
 
 
@@ -583,10 +586,12 @@ class RunStopped(Exception):
 
 
 def in_words(error):
+    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def is_out_of_memory(error):
+    """Whether an exception says that a GPU's or the machine's memory is full."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

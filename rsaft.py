@@ -1274,7 +1274,7 @@ class Run:
         best, weights = self.best, self.evaluation.scores.weights
         if self.evaluations:
             first, last = self.evaluations[0]["pictures"], self.evaluations[-1]["pictures"]
-            say(f"\n{'':28}{'before':>10}{'after':>10}{'change':>10}{'+-':>8}  standard error over pictures")
+            say(f"\n{'+-: the standard error':28}{'before':>10}{'after':>10}{'change':>10}{'+-':>8}")
             for name in first:
                 role = "trained on" if name in weights else "sharpness" if name == "s1" else "held out"
                 before, after = torch.tensor([first[name], last[name]], dtype=torch.float64)

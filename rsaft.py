@@ -1338,6 +1338,12 @@ def check(settings):
     prompts = read_prompts(settings.prompts), read_prompts(settings.eval_prompts or settings.prompts)
     settings.prompts_sha256 = hashlib.sha256(repr(prompts).encode()).hexdigest()
 
+    family, _, height, width = inspect_model(settings.model, settings.height, settings.width)
+    settings.height, settings.width = height, width
+    settings.sampling_steps = settings.sampling_steps or family.sampling_steps
+    if settings.guidance_scale is None:
+        settings.guidance_scale = family.guidance_scale
+
     weights = [split_weight(text) for text in settings.reward]
     numbers = [weight for _, weight in weights]
     if not all(map(math.isfinite, numbers)) or (numbers and not any(numbers)):
@@ -1354,11 +1360,6 @@ def check(settings):
     if settings.stop_on_hacking and not (settings.eval_every and settings.eval_reward):
         raise UserError("--stop-on-hacking needs evaluations, --eval-every, and a held-out --eval-reward")
 
-    family, _, height, width = inspect_model(settings.model, settings.height, settings.width)
-    settings.height, settings.width = height, width
-    settings.sampling_steps = settings.sampling_steps or family.sampling_steps
-    if settings.guidance_scale is None:
-        settings.guidance_scale = family.guidance_scale
     free = (f"runs/{number:03d}" for number in itertools.count() if not Path(f"runs/{number:03d}").exists())
     settings.out = settings.out or next(free)
     with explained(f"--out {settings.out} can't be used"):
@@ -1433,9 +1434,13 @@ class Parser(argparse.ArgumentParser):
         """Add a group of flags, each a row (name, default, help, what else argparse wants to know)."""
         group = self.add_argument_group(title)
         for name, default, help, options in rows:
-            if default not in (None, False, []):
-                help += " (default: %(default)s)"
+            shown = " ".join(default) if isinstance(default, list) else "%(default)s"
+            if shown and default is not None and default is not False:
+                help += f" (default: {shown})"
             group.add_argument(name, default=default, help=help, **options)
+
+    def format_help(self):
+        return super().format_help().replace(f"{HERE}{os.sep}", "")
 
 
 def number(kind, low, high, above=False, **options):

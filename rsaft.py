@@ -980,10 +980,10 @@ def make_reward(name, models=None, device="cpu"):
     return reward
 
 
-def try_reward(name, reward, prompts, height, width, device, size):
+def try_reward(name, reward, prompts, settings):
     """Score a random picture for each of `prompts`. Returns whether a finite gradient comes back."""
-    picture = torch.rand(1, 3, height, width, generator=named_generator("check")).to(device)
-    gradients = []
+    shape, size, gradients = (1, 3, settings.height, settings.width), settings.micro_batch_size, []
+    picture = torch.rand(shape, generator=named_generator("check")).to(settings.device)
     for i in range(0, len(prompts), size):
         few = prompts[i:i + size]
         images = picture.repeat(len(few), 1, 1, 1).requires_grad_()
@@ -1028,19 +1028,19 @@ class Evaluation:
     model: Backbone
     scores: Scores
     prompts: list
-    image_shape: tuple        # (3, H, W)
-    sampling_batch_size: int
-    micro_batch_size: int
-    s1_radius: float          # None where no gradient passes through what is maximised
+    settings: argparse.Namespace
+    s1_radius: float             # None where no gradient passes through what is maximised
 
     def __call__(self):
         """Returns {name: (N,) float64}, `s1` last, and the first pictures, (n, 3, H, W), on the CPU."""
         plan, N = Plan((False,) * len(self.model.steps)), len(self.prompts)
         names = [*self.scores.rewards, "s1"] if self.s1_radius else [*self.scores.rewards]
         values = {name: torch.zeros(N, dtype=torch.float64) for name in names}
-        pictures = torch.zeros(min(GRID, N), *self.image_shape)
-        batches = my_share(micro_batches(self.prompts, ("evaluation",), self.micro_batch_size))
-        starts = sample_starts(self.model, plan, batches, self.sampling_batch_size) if batches else []
+        pictures = torch.zeros(min(GRID, N), 3, self.settings.height, self.settings.width)
+        batches = my_share(micro_batches(self.prompts, ("evaluation",), self.settings.micro_batch_size))
+        starts = []
+        if batches:    # of many processes some may have none
+            starts = sample_starts(self.model, plan, batches, self.settings.sampling_batch_size)
         for batch, start in zip(batches, starts):
             with torch.no_grad():
                 images, prompts = sample_images(self.model, plan, batch, start)
@@ -1393,8 +1393,7 @@ def load(settings, must_have_gradient=True, more_prompts=()):
         rewards[short_name(name)] = make_reward(name, settings.models, settings.device)
         # A model takes any prompt; a function of your own may not, so it is shown all of them.
         shown = list(dict.fromkeys(prompts + eval_prompts)) if own_file(name) else prompts[:1]
-        has_gradient = try_reward(name, rewards[short_name(name)], shown, settings.height, settings.width,
-                                  settings.device, settings.micro_batch_size)
+        has_gradient = try_reward(name, rewards[short_name(name)], shown, settings)
         if name in weights and not has_gradient:
             differentiable = False
         if must_have_gradient and not differentiable:
@@ -1411,9 +1410,7 @@ def load(settings, must_have_gradient=True, more_prompts=()):
     model.encode_prompts(["", *prompts, *eval_prompts, *more_prompts])
     model.drop_encoders()
     radius = S1_RADIUS_TINY if settings.tiny else S1_RADIUS
-    evaluation = Evaluation(model, scores, eval_prompts, (3, settings.height, settings.width),
-                            settings.sampling_batch_size, settings.micro_batch_size,
-                            s1_radius=radius if differentiable else None)
+    evaluation = Evaluation(model, scores, eval_prompts, settings, radius if differentiable else None)
     return Loaded(model, scores, prompts, evaluation)
 
 
@@ -1434,7 +1431,7 @@ class Parser(argparse.ArgumentParser):
         """Add a group of flags, each a row (name, default, help, what else argparse wants to know)."""
         group = self.add_argument_group(title)
         for name, default, help, options in rows:
-            shown = " ".join(default) if isinstance(default, list) else "%(default)s"
+            shown = " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
             if shown and default is not None and default is not False:
                 help += f" (default: {shown})"
             group.add_argument(name, default=default, help=help, **options)

@@ -54,8 +54,14 @@ def train(settings):
             run.record(**log, grad_norm=grad_norm.item())
 
 
-parse = rsaft.parse
-main = partial(rsaft.main, train=train, program="experiments/random_directions.py")
+def parse(argv=None):
+    """rsaft.py's settings under this program's name, so that neither goes on with a run of the other."""
+    settings = rsaft.parse(argv)
+    settings.program = "experiments/random_directions.py"
+    return settings
+
+
+main = partial(rsaft.main, parse=parse, train=train, program="experiments/random_directions.py")
 
 if __name__ == "__main__":
     sys.exit(main())

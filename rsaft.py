@@ -1140,7 +1140,7 @@ class Run:
         self.settings, self.adapter, self.optimizer = settings, adapter, optimizer
         self.evaluation, self.extra_state, self.out = evaluation, extra_state, Path(settings.out)
         self.updates, self.evaluations, self.best = [], [], {}      # lines of the log, and the best adapter
-        self.counts = evaluation.model.counts
+        self.counts, self.has_header = evaluation.model.counts, False
 
     def __enter__(self):
         from tqdm import tqdm
@@ -1255,7 +1255,8 @@ class Run:
         past = [*self.evaluations, means]
         trained = [sum(weight * then[name] for name, weight in scores.weights.items()) for then in past]
         alarm = judge is not None and is_hacking(trained, [then[judge] for then in past])
-        if not self.evaluations:
+        if not self.has_header:
+            self.has_header = True
             say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in means))
         row = "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items())
         say(f"{step:6d}{row}{'   ALARM: reward hacking' if alarm else ''}")

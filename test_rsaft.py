@@ -1631,6 +1631,7 @@ def test_a_finished_run_says_so_and_prolonged_it_is_the_long_run(finished, copie
     assert_same_end(copied, finished)
     for out in copied, tmp_path / "long":
         assert small(out, *FLAGS, "--train-steps", "4") == 0
+        assert capsys.readouterr().out.count("  step") == 1      # the rows have their names here too
     assert_same_end(copied, tmp_path / "long")
 
 

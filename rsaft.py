@@ -46,7 +46,7 @@ import time
 import traceback
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -657,6 +657,7 @@ def load_tensors(path):
         raise UserError(f"{path} can't be read: it is damaged, or holds more than tensors") from error
 
 
+@cache    # one command asks for a model several times, the hub is asked once
 def find_model(model):
     """A folder or hub id for from_pretrained, after one short probe; without a network the cached copy."""
     if Path(model).is_dir():
@@ -1047,11 +1048,12 @@ class Evaluation:
                 scores = {name: reward(images, prompts) for name, reward in self.scores.rewards.items()}
             if self.s1_radius:
                 scores["s1"] = reward_sharpness(self.scores.total, images, prompts, self.s1_radius)
-            for i, (_, number) in enumerate(batch.names):
-                for name in names:
-                    values[name][number] = scores[name][i].item()
+            numbers = [number for _, number in batch.names]
+            for name in names:
+                values[name][numbers] = scores[name].cpu().double()
+            for number, image in zip(numbers, images):
                 if number < len(pictures):
-                    pictures[number] = images[i].cpu()
+                    pictures[number] = image.cpu()
         sum_over_processes([*values.values(), pictures])     # each process has filled its places among zeros
         return values, pictures
 

@@ -23,7 +23,6 @@ Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's
     python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
 """
 import functools
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from gdro import forward_process, holding, squared_error, update_average
+from gdro import check_alone, forward_process, holding, squared_error, update_average
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, named_generator
 
 
@@ -110,15 +109,13 @@ def sampling_decay(epoch):
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def check(settings):
-    """rsaft.check, and what is CRD's own; raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("torchrun is for rsaft.py; here there is one process only")
+    """gdro.check_alone, and what is CRD's own; raises UserError."""
     if settings.group_size < 2 or settings.batch_size % settings.group_size:
         raise UserError(f"--group-size must be at least 2 and divide --batch-size {settings.batch_size}, not "
                         f"{settings.group_size}")
     if not settings.reward:
         raise UserError("--reward needs a name")
-    return rsaft.check(settings)
+    return check_alone(settings)
 
 
 def train(settings):

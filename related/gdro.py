@@ -217,11 +217,16 @@ def read_pictures(settings, model, folder, lines):
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
-def check(settings):
-    """rsaft.check, and what is GDRO's own; raises UserError."""
-    k = settings.group_size
+def check_alone(settings):
+    """rsaft.check, where there is one process only; raises UserError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun is for rsaft.py; here there is one process only")
+    return rsaft.check(settings)
+
+
+def check(settings):
+    """check_alone, and what is GDRO's own; raises UserError."""
+    k = settings.group_size
     if k < 2 or k > settings.pictures and not settings.train:
         raise UserError(f"--group-size must be 2 to --pictures {settings.pictures}, not {k}")
     if settings.batch_size % k:
@@ -232,7 +237,7 @@ def check(settings):
         raise UserError("--draw and --train exclude each other; leave both out to draw and then train")
     if not settings.reward and not (settings.train and settings.eval_reward):
         raise UserError("--reward needs a name; only with --train and an --eval-reward there may be none")
-    return rsaft.check(settings)
+    return check_alone(settings)
 
 
 def train(settings):

@@ -46,7 +46,7 @@ import time
 import traceback
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -597,14 +597,14 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def explained(problem, folder=None):
-    """Inside the with block any exception becomes a UserError, one line: the problem and its cause.
+    """Inside the with block any other exception becomes a UserError, one line: the problem and its cause.
 
     folder: of a reward's file; the line then names the place in there that the exception came from.
     """
     try:
         yield
     except (Exception, SystemExit) as error:    # a reward's file may call sys.exit
-        if isinstance(error, UserError) or is_out_of_memory(error):
+        if isinstance(error, (UserError, RunStopped)) or is_out_of_memory(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if folder and Path(frame.filename).resolve().parent == folder]
@@ -654,29 +654,95 @@ def load_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # torch's own message advises to read it as a pickle all the same
-        raise UserError(f"{path} can't be read: it is damaged, or holds more than tensors") from error
+        path = Path(path).resolve()     # in the hub's cache names are links; the file itself is to be deleted
+        raise UserError(f"{path} can't be read: it is damaged (delete it and get it again), or holds more "
+                        "than tensors") from error
 
 
-@cache    # one command asks for a model several times, the hub is asked once
-def find_model(model):
-    """A folder or hub id for from_pretrained, after one short probe; without a network the cached copy."""
-    if Path(model).is_dir():
-        return model
-    from huggingface_hub import HfApi, snapshot_download
-    try:
-        HfApi().model_info(model, timeout=2)
-        return model
-    except Exception as error:
-        with contextlib.suppress(Exception):
-            return snapshot_download(model, local_files_only=True)
-        raise UserError(f"{model} is no folder here, and the hub doesn't have it or can't be reached ("
-                        f"{type(error).__name__}); name local folders (--model, --models), or try --tiny")
+# Name patterns of what is fetched of a repository: one precision, in the one format that can't run code.
+CONFIGS = ["model_index.json", *(f"{part}/config.json" for part in ("unet", "transformer", "vae"))]
+WEIGHTS = ["config.json", "*model.safetensors*", "*model-*.safetensors"]
+TOKENIZER = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model"]
 
 
-def find_file(source, name):
-    """The path of a file of a folder or a hub repository."""
-    from huggingface_hub import hf_hub_download
-    return Path(source, name) if Path(source).is_dir() else Path(hf_hub_download(source, name))
+def fetch(wanted):
+    """Folders to load from, {model: folder}. wanted: {a folder or an id on the hub: name patterns of files}.
+
+    What the hub's cache has whole is taken as it is, and the hub isn't asked: what ran once runs without a
+    network. The rest is announced and downloaded. Raises UserError, RunStopped if the hub may answer later.
+    """
+    from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+    from safetensors import safe_open
+    from tqdm import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": True})
+
+    folders, downloads, new = {}, {}, []
+    for model, patterns in wanted.items():
+        if Path(model).is_dir():
+            folders[model] = model
+            continue
+        download = partial(snapshot_download, model, allow_patterns=patterns, tqdm_class=Silent)
+        with contextlib.suppress(CachedRepoTreeNotFoundError, LocalEntryNotFoundError, ValueError):
+            get_cached_repo_tree(model)    # raises where the cache can't know what it lacks
+            folders[model] = download(local_files_only=True)
+            continue
+        downloads[model] = download
+        files = ask_hub(model, partial(download, dry_run=True))
+        new += [(model, file) for file in files if file.will_download]
+    large = [(model, file) for model, file in new if (file.file_size or 0) > 1e7]
+    if large:
+        size = sum(file.file_size for _, file in large) / 1e9
+        say(f"fetching {size:.2f} GB, from the hub: {', '.join(downloads)}")
+    for model, file in large:              # these with a bar each
+        ask_hub(model, partial(hf_hub_download, model, file.filename, revision=file.commit_hash,
+                               tqdm_class=Silent if process_index() > 0 else None))
+    for model, download in downloads.items():
+        folders[model] = ask_hub(model, download)
+    for model, patterns in wanted.items():
+        for path in sorted({path for pattern in patterns for path in Path(folders[model]).glob(pattern)}):
+            # The libraries don't say which file it is. In the cache names are links: the file must go.
+            with explained(f"{path.resolve()} is damaged or cut short; delete it and get it again"):
+                if path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+                elif path.suffix == ".safetensors":
+                    with safe_open(path, "pt"):
+                        pass
+    return folders
+
+
+def ask_hub(model, question):
+    """What question() learns of a model from the hub; it has a second try. Raises UserError, RunStopped."""
+    from huggingface_hub import errors
+    final = {
+        errors.GatedRepoError:
+            f"is gated: ask for access, https://huggingface.co/{model}, then `hf auth login`",
+        errors.RepositoryNotFoundError: "is no folder here and not on the hub; if private: `hf auth login`",
+        errors.HFValidationError: "is no folder here, and can't be a name on the hub",
+        errors.OfflineModeIsEnabled: "is no folder here, nor whole in the hub's cache; HF_HUB_OFFLINE is set"}
+    for trial in 1, 2:
+        try:
+            return question()
+        except Exception as error:
+            causes = [error]
+        while causes[-1].__cause__:
+            causes.append(causes[-1].__cause__)
+        for kind, why in final.items():
+            if any(isinstance(cause, kind) for cause in causes):
+                raise UserError(f"{model} {why}") from causes[0]
+        why, wait, stop = in_words(causes[-1]), 1, UserError
+        for cause in causes:
+            if getattr(cause, "response", None) is not None:
+                why, stop = f"status {cause.response.status_code}", RunStopped
+                wait = min(float(cause.response.headers.get("Retry-After", 1)), 10)
+        if trial == 1:
+            say(f"the hub: {why}; once more in {wait:g} s")
+            time.sleep(wait)
+    raise stop(f"{model} is no folder here, and can't be had from the hub: {why}; try again, or name local "
+               "folders (--model, --models), or try --tiny") from causes[0]
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
@@ -699,8 +765,20 @@ class Backbone:
         self.guidance_scale, self.latent_shape, self.device = guidance_scale, latent_shape, device
         self.branches = 2 if guidance_scale > 1 else 1      # network evaluations per step
         self.counts, self.encoded = Counter(), {}      # of network evaluations; what was encoded, by prompt
+        self.heartbeat = lambda: None      # called at each network evaluation, to show that it goes on
         with explained("this model can't be sampled"):
             self.steps = self.step_table(sampling_steps)
+
+    @classmethod
+    def tokenizer_names(cls):
+        return [name.replace("text_encoder", "tokenizer") for name in cls.encoder_names]
+
+    @classmethod
+    def files(cls):
+        """Name patterns of the files that are loaded."""
+        small, large = ("scheduler", *cls.tokenizer_names()), (*cls.encoder_names, "vae", cls.network_name)
+        return [*CONFIGS, *(f"{part}/*" for part in small),
+                *(f"{part}/{pattern}" for part in large for pattern in WEIGHTS)]
 
     def add_adapter(self, rank, generator):
         """Put a new LoRA adapter into the network. Returns the trained parameters. Raises UserError."""
@@ -741,6 +819,7 @@ class Backbone:
             x = torch.cat([x, x]) if scale > 1 else x
             kind = "with" if torch.is_grad_enabled() else "without"
             self.counts[f"network_evaluations_{kind}_gradient"] += len(x)
+            self.heartbeat()
             f = self.predict(x, t, *conditions).float()
             if scale > 1:
                 unconditional, conditional = f.chunk(2)
@@ -787,13 +866,13 @@ def inspect_model(model, height=None, width=None):
     model: a folder or a hub id; height, width: None is the model's own. Raises UserError for a model of no
     known family, and for a size that it can't make.
     """
-    source = find_model(model)
+    folder = Path(fetch({model: CONFIGS})[model])
     with explained(f"{model} is no model that can be tuned here"):
-        name = json.loads(find_file(source, "model_index.json").read_text())["_class_name"]
+        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
         if name not in FAMILIES:
             raise ValueError(f"it is a {name}; supported are {', '.join(FAMILIES)}")
         family = FAMILIES[name]
-        network, vae = (json.loads(find_file(source, f"{part}/config.json").read_text())
+        network, vae = (json.loads((folder / part / "config.json").read_text())
                         for part in (family.network_name, "vae"))
         for config, expected in (network, family.network_class), (vae, "AutoencoderKL"):
             if config["_class_name"] != expected:
@@ -815,19 +894,19 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
     import diffusers
     import transformers
     family, latent_shape, _, _ = inspect_model(model, height, width)
-    source, parts = find_model(model), {}
-    index = json.loads(find_file(source, "model_index.json").read_text())
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in family.encoder_names]
+    folder, parts = fetch({model: family.files()})[model], {}
+    index = json.loads(Path(folder, "model_index.json").read_text())
+    tokenizers = family.tokenizer_names()
     for part in ("scheduler", *tokenizers, *family.encoder_names, "vae", family.network_name):
         with explained(f"{model}: its {part} doesn't load"):
             library, name = index[part]
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
             if part == "scheduler":
-                parts[part] = kind.from_pretrained(source, subfolder=part)
+                parts[part] = kind.from_pretrained(folder, subfolder=part)
             elif part in tokenizers:
-                parts[part] = load_tokenizer(kind, source, subfolder=part)
+                parts[part] = load_tokenizer(kind, folder, subfolder=part)
             else:
-                parts[part] = load_complete(kind, source, dtype, subfolder=part).to(device)
+                parts[part] = load_complete(kind, folder, dtype, subfolder=part).to(device)
     pipe = getattr(diffusers, family.pipeline)(**parts, **family.pipeline_options)
     guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
     return family(pipe, sampling_steps or family.sampling_steps, guidance_scale, latent_shape, device)
@@ -887,17 +966,17 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
 
 
 # A reward found by name has FILES, {a file that must be there: its repository on the hub, or None}, and
-# load(sources, device) with {the same file: the folder or hub id to load from}, which returns the reward.
+# load(folders, device) with {the same file: the folder that it is in}, which returns the reward.
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
 
-def load_pickscore(sources, device):
+def load_pickscore(folders, device):
     """PickScore (arXiv 2305.01569), exp(logit_scale) * cosine: about 18 to 24."""
     from transformers import CLIPModel
-    model = load_complete(CLIPModel, sources["config.json"])
-    return clip_reward(model, sources["tokenizer_config.json"], device, model.logit_scale.exp().item())
+    model = load_complete(CLIPModel, folders["config.json"])
+    return clip_reward(model, folders["tokenizer_config.json"], device, model.logit_scale.exp().item())
 
 
 def own_file(name):
@@ -929,7 +1008,7 @@ def import_file(path):
 
 
 def find_reward(name, models=None):
-    """The loader of a reward found by name, and {file: folder or hub id}; loads nothing. Raises UserError."""
+    """The loader of a reward found by name, and {file: folder or hub id}; fetches none. Raises UserError."""
     leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
     if name in leaves:
         with explained(f"the reward {name} doesn't load", HERE / "rewards"):
@@ -946,8 +1025,14 @@ def find_reward(name, models=None):
         return load, dict.fromkeys(files, str(Path(models, name)))
     if None in files.values():
         raise UserError(f"the reward {name} is on no hub; --models DIR must name a folder with {name}/ in it")
-    sources = {source: find_model(source) for source in set(files.values())}
-    return load, {file: sources[source] for file, source in files.items()}
+    return load, files
+
+
+def add_patterns(wanted, files):
+    """Add what `fetch` is to get for a reward with these FILES to `wanted`, a defaultdict(list)."""
+    for file, source in files.items():
+        wanted[source] += {"config.json": WEIGHTS, "tokenizer_config.json": TOKENIZER}.get(file, [file])
+    return wanted
 
 
 def make_reward(name, models=None, device="cpu"):
@@ -964,7 +1049,8 @@ def make_reward(name, models=None, device="cpu"):
             score = getattr(import_file(own_file(name)), short_name(name))
         else:
             load, files = find_reward(name, models)
-            score = load(files, device)
+            folders = fetch(add_patterns(defaultdict(list), files))
+            score = load({file: folders[source] for file, source in files.items()}, device)
 
     def reward(images, prompts):
         with explained(f"the reward {name} failed", folder):
@@ -1143,6 +1229,7 @@ class Run:
         self.evaluation, self.extra_state, self.out = evaluation, extra_state, Path(settings.out)
         self.updates, self.evaluations, self.best = [], [], {}      # lines of the log, and the best adapter
         self.counts, self.has_header = evaluation.model.counts, False
+        self.doing, self.shown = "", 0.0             # what the bar says, and since when
 
     def __enter__(self):
         from tqdm import tqdm
@@ -1166,6 +1253,7 @@ class Run:
         self.save()
         self.bar = tqdm(total=self.settings.train_steps, initial=len(self.updates), unit="update",
                         disable=process_index() > 0)
+        self.evaluation.model.heartbeat = self.show
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1227,14 +1315,22 @@ class Run:
             if done or settings.stop_on_hacking and any(line["alarm"] for line in self.evaluations):
                 break
             self.counts.clear()
+            self.doing = f"reward={self.updates[-1]['reward']:.3f}" if self.updates else "update 1"
             self.began = time.perf_counter()
             yield step
         self.bar.close()
         self.report()
 
+    def show(self):
+        """In a terminal, show once a second that an update goes on: it may take minutes."""
+        if sys.stderr.isatty() and time.perf_counter() > self.shown + 1:
+            self.shown = time.perf_counter()
+            count = sum(count for name, count in self.counts.items() if name.startswith("network"))
+            self.bar.set_postfix_str(f"{self.doing}, {count:,} network evaluations")
+
     def record(self, reward, grad_norm, **values):
         """Log an update that the optimizer has made, and save. Raises UserError for one without gradient."""
-        step, judge = len(self.updates) + 1, self.evaluation.scores.judge
+        step = len(self.updates) + 1
         if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
             raise UserError(f"update {step} has a reward of {reward:g} and a gradient of norm {grad_norm:g}: "
                             f"zero, or not finite; the last good adapter is in {self.out}")
@@ -1245,13 +1341,16 @@ class Run:
         self.updates.append({"step": step, "reward": reward, **values, "grad_norm": grad_norm, **counts,
                              "seconds": time.perf_counter() - self.began, **memory})
         self.save()
-        held_out = f", {judge}={self.evaluations[-1][judge]:.3f}" if self.evaluations and judge else ""
-        self.bar.set_postfix_str(f"reward={reward:.3f}{held_out}", refresh=False)
+        self.bar.set_postfix_str(f"reward={reward:.3f}", refresh=False)
         self.bar.update()
 
     def evaluate(self, step):
         """Score the evaluation's pictures; keep the adapter if its held-out score is the best so far."""
         scores, judge = self.evaluation.scores, self.evaluation.scores.judge
+        if step == 0:
+            say(f"evaluating {len(self.evaluation.prompts)} pictures before the first update")
+        self.counts.clear()
+        self.doing = "evaluating"
         values, pictures = self.evaluation()
         means = {name: value.mean().item() for name, value in values.items()}
         past = [*self.evaluations, means]
@@ -1338,6 +1437,7 @@ def check(settings):
         settings.device = settings.device or there[0]
         if torch.device(settings.device).type not in there:
             raise ValueError(f"here are {', '.join(there)}")
+    settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
     prompts = read_prompts(settings.prompts), read_prompts(settings.eval_prompts or settings.prompts)
     settings.prompts_sha256 = hashlib.sha256(repr(prompts).encode()).hexdigest()
 
@@ -1389,7 +1489,19 @@ def load(settings, must_have_gradient=True, more_prompts=()):
         torch.distributed.init_process_group()
     what = f"loading {', '.join(names)} and {settings.model}"
     say(f"{settings.device} x {process_count()}, {settings.dtype}; {what}".replace(f"{HERE}{os.sep}", ""))
+    if settings.device == "cpu" and settings.height * settings.width >= 256 ** 2:
+        say(f"no GPU is used, and on a CPU a picture of {settings.height}x{settings.width} takes minutes; if "
+            "there is one, see what torch.cuda.is_available() says")
+    if not settings.eval_reward:
+        other = "pickscore (4.0 GB)" if "clipscore" in weights else "clipscore (1.7 GB)"
+        say(f"nothing is held out, so reward hacking can't be seen; add --eval-reward {other}")
+    wanted = defaultdict(list, {settings.model: inspect_model(settings.model)[0].files()})
+    for name in names:
+        if own_file(name) is None:
+            add_patterns(wanted, find_reward(name, settings.models)[1])
+    fetch(wanted)
     settings.versions = quiet_libraries()
+    torch.backends.cudnn.allow_tf32 = False    # perturbations and rewards are float32, convolutions too
 
     rewards, differentiable = dict.fromkeys(map(short_name, names)), bool(weights)
     for name in sorted(names, key=lambda name: own_file(name) is None):    # your own first: likeliest to fail
@@ -1408,8 +1520,6 @@ def load(settings, must_have_gradient=True, more_prompts=()):
         model.network.enable_gradient_checkpointing()
         model.vae.enable_gradient_checkpointing()
     scores = Scores(rewards, {short_name(name): weight for name, weight in weights.items()}, model.counts)
-    if scores.judge is None:
-        say("nothing is held out, so reward hacking can't be seen; give --eval-reward")
     model.encode_prompts(["", *prompts, *eval_prompts, *more_prompts])
     model.drop_encoders()
     radius = S1_RADIUS_TINY if settings.tiny else S1_RADIUS
@@ -1497,7 +1607,8 @@ def add_common_flags(parser):
         ("--micro-batch-size", 1, "pictures at a time with a gradient; must divide the batch", COUNT),
         ("--sampling-batch-size", 8, "pictures at a time without", COUNT),
         ("--gradient-checkpointing", False, "recompute activations: less memory, slower", SWITCH),
-        ("--dtype", "float32", "of the frozen weights", {"choices": ("float32", "bfloat16")}),
+        ("--dtype", None, "of the frozen weights; without the flag bfloat16 on CUDA, float32 elsewhere",
+         {"choices": ("float32", "bfloat16")}),
         ("--device", None, "cuda, mps or cpu; without the flag the first of them that is there", {})])
     parser.flags("evaluation and results (ours)", [
         ("--eval-every", 20, "updates between evaluations; 0: no evaluation at all", COUNT_OR_0),
@@ -1546,7 +1657,7 @@ def main(argv=None, parse=parse, train=train, program="rsaft.py"):
         if isinstance(error, (UserError, RunStopped)):
             message = str(error)
         elif isinstance(error, KeyboardInterrupt):
-            message = "stopped by hand, before the first update"
+            message = "stopped by hand, before anything was written; what was downloaded is kept"
         elif is_out_of_memory(error):
             message = "out of memory; try --gradient-checkpointing, --micro-batch-size 1, --dtype bfloat16"
         elif not isinstance(error, OSError):

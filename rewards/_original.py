@@ -1,14 +1,15 @@
 """What the rewards need whose authors published a .pt file in a layout of their own."""
 import re
+from pathlib import Path
 
 from torch import nn
 
-from rsaft import find_file, load_tensors
+from rsaft import load_tensors
 
 
-def load_original(sources, name):
+def load_original(folders, name):
     """The tensors of the file `name` of a reward; never a pickle that could run code. Raises UserError."""
-    return load_tensors(find_file(sources[name], name))
+    return load_tensors(Path(folders[name], name))
 
 
 def renamed(state, rules):

@@ -5,6 +5,7 @@ CLIP_L = "openai/clip-vit-large-patch14"
 FILES = {"config.json": CLIP_L, "tokenizer_config.json": CLIP_L}
 
 
-def load(sources, device):
+def load(folders, device):
     from transformers import CLIPModel
-    return clip_reward(load_complete(CLIPModel, sources["config.json"]), sources["tokenizer_config.json"], device, 100.0)
+    model = load_complete(CLIPModel, folders["config.json"])
+    return clip_reward(model, folders["tokenizer_config.json"], device, 100.0)

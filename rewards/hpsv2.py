@@ -22,10 +22,10 @@ OPEN_CLIP = (  # open_clip's names to those of transformers' CLIPModel
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 
 
-def load(sources, device):
+def load(folders, device):
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-    name, = [name for name in sources if name.endswith(".pt")]
-    state = renamed(load_original(sources, name)["state_dict"], OPEN_CLIP)
+    name, = [name for name in folders if name.endswith(".pt")]
+    state = renamed(load_original(folders, name)["state_dict"], OPEN_CLIP)
     for key in [key for key in state if ".attn.in_proj_" in key]:
         for letter, part in zip("qkv", state.pop(key).chunk(3)):
             state[key.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part
@@ -33,7 +33,7 @@ def load(sources, device):
         state[key] = state[key].T.contiguous()
     config = CLIPConfig(**VIT_H)
     # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
-    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(sources["tokenizer_config.json"]).eos_token_id
+    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(folders["tokenizer_config.json"]).eos_token_id
     model = CLIPModel(config)
     model.load_state_dict(state)
-    return clip_reward(model.eval().requires_grad_(False), sources["tokenizer_config.json"], device, 100.0, pad=True)
+    return clip_reward(model.eval().requires_grad_(False), folders["tokenizer_config.json"], device, 100.0, pad=True)

@@ -15,11 +15,11 @@ BLIP_VISION = (  # ImageReward's names to those of transformers' BlipVisionModel
     (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
 
 
-def load(sources, device):
+def load(folders, device):
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
     vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
     text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has cross attention
-    state = load_original(sources, "ImageReward.pt")
+    state = load_original(folders, "ImageReward.pt")
 
     def part(prefix):
         return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
@@ -33,7 +33,7 @@ def load(sources, device):
         raise ValueError(f"unexpected keys {list(state)}")
     for module in vision, text, head:
         module.to(device).eval().requires_grad_(False)
-    tokenize = make_tokenize(sources["tokenizer_config.json"], 35, device)
+    tokenize = make_tokenize(folders["tokenizer_config.json"], 35, device)
 
     def reward(images, prompts):
         image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state

@@ -120,7 +120,8 @@ def load_pipe(settings):
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)    # it also logs the errors that it raises
     with explained(f"{settings.model} doesn't load"):
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            rsaft.find_model(settings.model), **rsaft.StableDiffusion.pipeline_options)
+            rsaft.fetch({settings.model: rsaft.StableDiffusion.files()})[settings.model],
+            **rsaft.StableDiffusion.pipeline_options)
     config = pipe.scheduler.config
     pipe.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     pipe.set_progress_bar_config(disable=True)

@@ -1,5 +1,5 @@
 """The arithmetic of study.py, held to formulas written out another way, and what is reported of its runs,
-held to their rows. No models are loaded."""
+held to their rows. One test, that of learning_rate.py, loads small models."""
 import math
 import re
 import sys
@@ -12,7 +12,8 @@ import torch
 for package in "matplotlib", "scipy":       # in experiments/requirements.txt, not in the main one
     pytest.importorskip(package)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import study  # noqa: E402, found through the line above
+import learning_rate  # noqa: E402, found through the line above
+import study  # noqa: E402
 
 
 def test_equal_proxy_is_interpolated_at_the_first_crossing():
@@ -121,6 +122,22 @@ def test_random_directions_move_each_picture_by_the_radius():
     moves = (images - start.repeat(4, 1, 1, 1)).flatten(1)
     assert prompts == ["a", "b"] * 4 and torch.allclose(moves.norm(dim=1), torch.tensor(0.1))
     assert torch.linalg.matrix_rank(moves, tol=1e-2) == 8     # no two of them the same way
+
+
+def test_an_adapter_moves_the_weights_as_much_less_than_trained_weights_as_its_width_says():
+    def measure(trained):
+        flags = ["--sampling-steps", "3", "--batch-size", "4"]
+        return learning_rate.measure("small world", flags, trained, rate=2e-4, updates=2)
+
+    (weights, one), (adapter, expected) = measure(learning_rate.ATTENTION), measure(16)
+    numbers = 161_792                                           # in the attention projections
+    assert one == 1 and weights[0]["dW"] == adapter[0]["dW"] == 0
+    assert abs(weights[1]["dW"] / (2e-4 * numbers ** 0.5) - 1) < 0.01      # AdamW: each moved by the rate
+    assert (16 / 3 / 64) ** 0.5 < expected < (16 / 3 / 32) ** 0.5          # layers read 32 or 64 numbers
+    for step in 1, 2:
+        assert abs(adapter[step]["dW"] / weights[step]["dW"] / expected - 1) < 0.2
+        assert adapter[step]["reward"] > adapter[0]["reward"]
+        assert abs(weights[step]["e moves"] / 0.01 - 1) < 1e-3 and adapter[step]["e moves"] < 0.01
 
 
 def test_a_table_of_rows_survives_its_file(tmp_path):

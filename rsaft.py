@@ -661,7 +661,8 @@ def load_tensors(path):
 
 # Name patterns of what is fetched of a repository: one precision, in the one format that can't run code.
 CONFIGS = ["model_index.json", *(f"{part}/config.json" for part in ("unet", "transformer", "vae"))]
-WEIGHTS = ["config.json", "*model.safetensors*", "*model-*.safetensors"]
+WEIGHTS = ["config.json", "model.safetensors*", "model-*.safetensors", "diffusion_pytorch_model.safetensors*",
+           "diffusion_pytorch_model-*.safetensors"]
 TOKENIZER = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model"]
 
 
@@ -693,7 +694,7 @@ def fetch(wanted):
         downloads[model] = download
         files = ask_hub(model, partial(download, dry_run=True))
         new += [(model, file) for file in files if file.will_download]
-    large = [(model, file) for model, file in new if (file.file_size or 0) > 1e7]
+    large = [(model, file) for model, file in new if (file.file_size or 0) > 1e6]
     if large:
         size = sum(file.file_size for _, file in large) / 1e9
         say(f"fetching {size:.2f} GB, from the hub: {', '.join(downloads)}")
@@ -1598,7 +1599,8 @@ def add_common_flags(parser):
     parser.flags("training", [
         ("--train-steps", 200, "number of updates; ours", number(int, 1, 10 ** 9)),
         ("--batch-size", 32, "pictures per update; paper: 32", COUNT),
-        ("--learning-rate", 2e-5, "of AdamW; paper: 2e-05", AMOUNT),
+        ("--learning-rate", 3e-4, "of AdamW; paper: 2e-05, for all weights as far as known; ours moves the "
+         "adapted ones as far", AMOUNT),
         ("--weight-decay", 1e-4, "of AdamW; paper: 0.0001", AMOUNT_OR_0),
         ("--max-grad-norm", 1.0, "clip the gradient to this norm; ours", AMOUNT),
         ("--rank", 16, "of the LoRA adapter; ours", COUNT),

@@ -5,6 +5,7 @@ adapter into diffusers need peft, which rsaft.py itself does not.
 """
 import argparse
 import copy
+import hashlib
 import json
 import os
 import re
@@ -13,10 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -841,6 +844,166 @@ def test_a_model_may_have_a_size_of_its_own_that_is_no_square(tiny):
     assert rsaft.sample_images(model, plain(2), batch, start)[0].shape == (1, 3, 32, 64)
 
 
+# ---- The hub -----------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SURPLUS = [UNET.replace("model", "model.fp16"), UNET.replace("model", "model.non_ema"), "unet/model.bin",
+           "safety_checker/config.json", "safety_checker/model.safetensors", "v1-5-pruned.safetensors"]
+
+
+def names(folder):
+    """Of the files in a folder and below."""
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*.*")}
+
+
+class Hub(ThreadingHTTPServer):
+    """A small model hub on 127.0.0.1. `asked`: the requests, each METHOD PATH; `fault`: request -> None, or
+    the status and the code that it is answered with."""
+    repositories = {"a/model": MODEL, "yuvalkirstain/PickScore_v1": TINY / "pickscore",
+                    LAION: TINY / "pickscore"}
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.asked, self.fault = [], lambda request: None
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def fetched(self, repository):
+        start = f"GET /{repository}/resolve/{COMMIT}/"
+        return {request.removeprefix(start) for request in self.asked if request.startswith(start)}
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        request = f"{self.command} {self.path}"
+        self.server.asked.append(request)
+        if wrong := self.server.fault(request):
+            return self.answer(b"", *wrong)
+        folder = next((folder for name, folder in Hub.repositories.items() if f"/{name}/" in self.path), None)
+        if folder is None:
+            return self.answer(b"", 401, "RepoNotFound")
+        listed = [*(SURPLUS if folder == MODEL else []), *names(folder)]
+        if "/revision/" in self.path:
+            return self.answer(json.dumps({"id": "a", "sha": COMMIT, "siblings": []}).encode())
+        if "/tree/" in self.path:
+            entries = [{"type": "file", "path": name, "size": 9, "oid": name} for name in listed]
+            return self.answer(json.dumps(entries).encode())
+        self.answer((folder / re.split("/resolve/[^/]*/", self.path)[1]).read_bytes())
+
+    do_GET = do_HEAD
+
+    def answer(self, body, status=200, code=""):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, "X-Error-Code": code,
+                            "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "Retry-After": 0}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with the small models on it, and an empty cache."""
+    from huggingface_hub import constants
+    server = Hub()
+    pages = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"ENDPOINT": server.address, "HUGGINGFACE_CO_URL_TEMPLATE": pages,
+                        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(constants, name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+FROM_HUB = ["--model", "a/model", "--prompts", TINY / "prompts.txt", "--batch-size", "2", "--rank", "2",
+            "--sampling-steps", "2", "--train-steps", "1", "--eval-every", "0"]
+
+
+def from_hub(out, *arguments):
+    return rsaft.main([*map(str, [*FROM_HUB, "--out", out, *arguments])])
+
+
+def test_a_first_run_fetches_what_it_needs_and_the_next_one_asks_nobody(hub, tmp_path, monkeypatch, capsys):
+    """So without a network, with a slow hub, or one that answers 429 or 500, what ran before runs again."""
+    from huggingface_hub import constants
+    assert from_hub(tmp_path / "cold") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"fetching 0\.0\d GB, from the hub: a/model, yuvalkirstain/PickScore_v1, laion/", said)
+    assert hub.fetched("a/model") == names(MODEL)
+    assert hub.fetched("yuvalkirstain/PickScore_v1") == {"config.json", "model.safetensors"}
+    assert hub.fetched(LAION) == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    hub.asked.clear()
+    assert from_hub(tmp_path / "cached") == 0 and hub.asked == []
+    assert "fetching" not in capsys.readouterr().out
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert from_hub(tmp_path / "offline") == 0 and hub.asked == []
+    assert adapter(tmp_path / "cold") == adapter(tmp_path / "cached") == adapter(tmp_path / "offline")
+
+
+def test_a_cache_that_another_program_filled_in_part_is_completed(hub):
+    from huggingface_hub import hf_hub_download
+    hf_hub_download("a/model", "vae/config.json")
+    folder = rsaft.fetch({"a/model": rsaft.StableDiffusion.files()})["a/model"]
+    assert names(folder) == names(MODEL)
+
+
+def test_the_hub_has_a_second_try_and_then_its_status_is_named(hub, tmp_path, capsys):
+    faults = [(429, "")]
+    hub.fault = lambda request: faults.pop() if faults else None
+    assert rsaft.fetch({"a/model": rsaft.CONFIGS})
+    assert "status 429; once more in 0 s" in capsys.readouterr().out
+    hub.fault = lambda request: (503, "")
+    assert from_hub(tmp_path / "out") == 1
+    assert_one_line(last_line(capsys), "a/model .*status 503; try again")
+
+
+@pytest.mark.parametrize("fault, offline, words", [
+    (lambda request: (403, "GatedRepo") if "resolve" in request else None, False, "gated: .*hf auth login"),
+    (lambda request: (401, "RepoNotFound"), False, "not on the hub; if private: `hf auth login`"),
+    (lambda request: None, True, "nor whole in the hub's cache; HF_HUB_OFFLINE"),
+    (lambda request: None, False, "can't be a name on the hub")])
+def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(
+        hub, tmp_path, fault, offline, words, monkeypatch, capsys):
+    from huggingface_hub import constants
+    hub.fault = fault
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    model = "a/b/c" if "name" in words else "a/model"
+    assert from_hub(tmp_path / "out", "--model", model) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+@pytest.mark.parametrize("name", [UNET, "tokenizer/tokenizer.json", "model_index.json"])
+def test_a_file_that_was_cut_short_is_named_and_can_be_fetched_again(hub, tmp_path, name, capsys):
+    wanted = {"a/model": rsaft.StableDiffusion.files()}
+    path = Path(rsaft.fetch(wanted)["a/model"], name).resolve()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    assert from_hub(tmp_path / "out") == 2
+    assert_one_line(last_line(capsys), f"{re.escape(str(path))} is damaged or cut short; delete it")
+    path.unlink()
+    assert Path(rsaft.fetch(wanted)["a/model"], name).read_bytes() == whole
+
+
+def test_ctrl_c_while_downloading_says_that_nothing_was_written(hub, tmp_path):
+    hub.fault = lambda request: time.sleep(20) if request.startswith("GET") and UNET in request else None
+    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    process = subprocess.Popen([*RSAFT, *map(str, FROM_HUB), "--out", str(tmp_path / "out")],
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    while not hub.fetched("a/model") >= {UNET}:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and not (tmp_path / "out").exists()
+    assert_one_line(error, "stopped by hand, before anything was written")
+
+
 # ---- Rewards -----------------------------------------------------------------------------------------------
 
 def pixels(images, size, **how):
@@ -1458,6 +1621,43 @@ def test_a_model_that_predicts_v_is_trained_as_well(tmp_path):
     assert records(tmp_path / "out")[0]["grad_norm"] > 0
 
 
+def test_in_a_terminal_something_moves_within_an_update_and_an_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(time, "perf_counter", lambda times=iter(range(10 ** 6)): 2 * next(times))
+    assert small(tmp_path / "out", "--train-steps", "1", "--sam", "--micro-batch-size", "2") == 0
+    shown, error = capsys.readouterr()
+    evaluating = [int(count) for count in re.findall(r"evaluating, (\d+) network evaluations", error)]
+    updating = [int(count) for count in re.findall(r"update 1, (\d+) network evaluations", error)]
+    assert sorted(set(evaluating)) == [8, 16, 24, 32]
+    assert sorted(set(updating)) == [8, 16, 24, 28, 32, 40, 48, 56, 60, 64]      # both passes, and in pieces
+    assert shown.index("evaluating 4 pictures before the first update") < shown.index("  step")
+
+
+def test_the_first_lines_warn_of_a_cpu_and_name_the_flag_that_holds_a_score_out(monkeypatch, capsys):
+    """Before anything is downloaded or loaded, which is where this run is ended."""
+    def ended(wanted):
+        raise rsaft.UserError("here")
+
+    settings = rsaft.check(rsaft.parse(["--model", str(MODEL), "--reward", "pickscore"]))
+    monkeypatch.setattr(rsaft, "fetch", ended)
+    for size, reward, held_out, warned in [(512, "pickscore", "clipscore", True),
+                                           (32, "clipscore", "pickscore", False)]:
+        settings.height, settings.width, settings.reward = size, size, [reward]
+        with pytest.raises(rsaft.UserError, match="here"):
+            rsaft.load(settings)
+        said = capsys.readouterr().out
+        assert "cpu x 1, float32" in said and f"add --eval-reward {held_out} (" in said
+        assert ("on a CPU a picture of 512x512 takes minutes" in said) == warned
+
+
+def test_frozen_weights_are_bfloat16_on_cuda_and_float32_elsewhere(monkeypatch):
+    flags = ["--model", str(MODEL), "--reward", "pickscore"]
+    assert rsaft.check(rsaft.parse(flags)).dtype == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert rsaft.check(rsaft.parse(flags)).dtype == "bfloat16"
+    assert rsaft.check(rsaft.parse([*flags, "--dtype", "float32"])).dtype == "float32"
+
+
 def test_prompt_files_of_every_make_are_read(tmp_path):
     long = "very " * 2000 + "long"
     text = f"\ufeffa red circle\r\n\r\n   \r\na blue square  \r\n{long}\r\nun cercle déjà vu"
@@ -1470,7 +1670,7 @@ def test_prompt_files_of_every_make_are_read(tmp_path):
 
 def test_help_gives_every_flag_with_its_default_and_the_papers_on_two_screens():
     text = run("--help").stdout
-    assert len(text.splitlines()) <= 75 and "(default: 2e-05)" in text and "paper: 2e-05" in text
+    assert len(text.splitlines()) <= 75 and "(default: 0.0003)" in text and "paper: 32" in text
     for name in vars(rsaft.parse([])).keys() - {"program"}:
         assert "--" + name.replace("_", "-") in text
 

@@ -24,6 +24,7 @@ OPEN_CLIP = (  # open_clip's names to those of transformers' CLIPModel
 
 def load(folders, device):
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers.initialization import no_init_weights
     name, = [name for name in folders if name.endswith(".pt")]
     state = renamed(load_original(folders, name)["state_dict"], OPEN_CLIP)
     for key in [key for key in state if ".attn.in_proj_" in key]:
@@ -34,6 +35,7 @@ def load(folders, device):
     config = CLIPConfig(**VIT_H)
     # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
     config.text_config.eos_token_id = AutoTokenizer.from_pretrained(folders["tokenizer_config.json"]).eos_token_id
-    model = CLIPModel(config)
+    with no_init_weights():    # all are loaded: random numbers for a billion weights would take seconds
+        model = CLIPModel(config)
     model.load_state_dict(state)
     return clip_reward(model.eval().requires_grad_(False), folders["tokenizer_config.json"], device, 100.0, pad=True)

@@ -17,8 +17,10 @@ BLIP_VISION = (  # ImageReward's names to those of transformers' BlipVisionModel
 
 def load(folders, device):
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-    vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
-    text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has cross attention
+    from transformers.initialization import no_init_weights
+    with no_init_weights():    # all are loaded: random numbers would take seconds
+        vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
+        text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has cross attention
     state = load_original(folders, "ImageReward.pt")
 
     def part(prefix):

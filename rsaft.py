@@ -738,7 +738,7 @@ class Backbone:
 
     def branches_at(self, guidance_scale):
         """Network evaluations per step."""
-        return 2 if guidance_scale > 1 and not self.guidance_is_input else 1
+        return 2 if guidance_scale > 1 else 1
 
     def add_adapter(self, rank, generator):
         """Put a new LoRA adapter into the network. Returns the trained parameters. Raises UserError."""

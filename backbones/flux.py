@@ -37,11 +37,11 @@ class Flux(Backbone):
     def encode(self, prompt):
         return list(self.pipe.encode_prompt(prompt, device=self.device)[:2])
 
-    def denoiser(self, prompts, guidance_scale=None):
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if scale > 1 and not self.network.config.guidance_embeds:
-            raise UserError(f"this model, as FLUX.1-schnell, takes no guidance: give 1, not {scale}")
-        return super().denoiser(prompts, scale)
+    def branches_at(self, guidance_scale):
+        if guidance_scale > 1 and not self.network.config.guidance_embeds:
+            raise UserError(f"this model takes no guidance, as FLUX.1-schnell: the scale must be 1, not "
+                            f"{guidance_scale:g} (--guidance-scale; CRD: --anchor-scale too)")
+        return 1
 
     def predict(self, x, t, embeds, pooled, guidance):
         h, w = x.shape[2] // 2, x.shape[3] // 2

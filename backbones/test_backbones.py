@@ -2,9 +2,13 @@
 
 `pytest backbones`. Needs peft, as the adapters are loaded into plain diffusers.
 """
-import copy
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -120,10 +124,16 @@ def load(folder, T=4, guidance_scale=None, height=SIZE, width=SIZE, **how):
 def model(folders, request):
     """A small model at its family's usual guidance, with an adapter that acts, `params`."""
     model = load(folders[request.param])
-    model.params = model.add_adapter(4, rsaft.named_generator("adapter"))
-    for i, p in enumerate(model.params):
-        p.data += 0.1 * torch.randn(p.shape, generator=rsaft.named_generator("trained", i))
+    model.params = adapt(model)
     return model
+
+
+def adapt(model):
+    """A new adapter, moved away from where it does nothing. Returns its parameters."""
+    params = model.add_adapter(4, rsaft.named_generator("adapter"))
+    for i, p in enumerate(params):
+        p.data += 0.1 * torch.randn(p.shape, generator=rsaft.named_generator("trained", i))
+    return params
 
 
 every_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
@@ -186,3 +196,294 @@ def test_the_gradient_is_that_through_the_pipelines_own_scheduler(model):
     for mine, expected in zip(ours, theirs, strict=True):
         assert expected.norm() > 0
         assert (mine - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_flow_step_is_the_step_of_diffusers():
+    """Its prediction of x0 and its noising too, with and without the shift that depends on the size."""
+    x, f = (torch.randn(2, 4, 8, 8, generator=rsaft.named_generator(name)) for name in "xf")
+    for config in ({"shift": 3.0}, {"use_dynamic_shifting": True}, {"shift": 1.0, "use_karras_sigmas": True}):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+        for T in 4, 10, 28:
+            steps = rsaft.flow_steps(scheduler, T, tokens=1024)
+            assert [step.t for step in steps] == scheduler.timesteps.tolist() and len(steps) == T
+            for step in steps:
+                assert torch.equal(step.next(x, f), scheduler.step(f, scheduler.timesteps[steps.index(step)], x,
+                                                                   return_dict=False)[0])
+                noised = step.alpha * x + step.sigma * f
+                assert_close(noised, scheduler.scale_noise(x, torch.tensor([step.t, step.t]), f))
+                assert_close(step.x0(noised, f - x), x)
+    shifted = [rsaft.flow_steps(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, tokens)
+               for tokens in (256, 4096)]
+    assert shifted[0][1].sigma < shifted[1][1].sigma      # a larger picture stays noisy for longer
+
+
+# ---- Training ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pickscore():
+    return rsaft.make_reward("pickscore", TINY)
+
+
+def algorithm_1(model, plan, reward, **how):
+    """One update's gradient, of two pictures. Returns the log and the gradients."""
+    batches = rsaft.micro_batches(PROMPTS[:2], (0, 0), 1)
+    log = rsaft.rsaft_gradient(batches, partial(rsaft.sample_starts, model, plan, size=2),
+                               partial(rsaft.sample_images, model, plan), reward, model.params, **how)
+    return log, [p.grad.clone() for p in model.params]
+
+
+@every_family
+@pytest.mark.parametrize("method", rsaft.METHODS)
+def test_every_method_with_both_perturbations_reaches_every_layer(model, method, pickscore):
+    plan = rsaft.METHODS[method](4, rsaft.named_generator(1))
+    log, gradients = algorithm_1(model, plan, pickscore, rho=0.01, rho_w=0.01)
+    assert len(gradients) == 2 * sum(isinstance(layer, rsaft.LoRALinear) for layer in model.network.modules())
+    assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in gradients)
+    assert log["noise_norm"] == pytest.approx(0.01, rel=1e-3) == log["sam_norm"]
+    assert log["fall_measured"] == pytest.approx(log["fall_predicted"], rel=0.5) and log["fall_predicted"] > 0
+
+
+@every_family
+def test_checkpointing_changes_nothing_and_the_window_moves_the_last_steps_alone(model, pickscore):
+    plan, how = rsaft.draft(4, None), {"rho": 0.01, "rho_w": 0.01}
+    _, expected = algorithm_1(model, plan, pickscore, **how)
+    _, window = algorithm_1(model, plan, pickscore, reuse_starts=True, **how)
+    model.network.enable_gradient_checkpointing()
+    model.vae.enable_gradient_checkpointing()
+    calls = []
+    for block in model.network.modules():
+        if getattr(block, "gradient_checkpointing", False):
+            block._gradient_checkpointing_func = watched(block._gradient_checkpointing_func, calls)
+    _, checkpointed = algorithm_1(model, plan, pickscore, **how)
+    assert calls                                             # else nothing was recomputed
+    for a, b, c in zip(expected, checkpointed, window, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-6 * a.abs().max().item())
+        assert 0 < (a - c).norm() < a.norm()
+
+
+def watched(function, calls):
+    def call(*args, **kwargs):
+        calls.append(function)
+        return function(*args, **kwargs)
+    return call
+
+
+@every_family
+def test_bfloat16_makes_nearly_the_same_pictures_and_latents_that_overflow_in_float16_are_decoded(model, folders,
+                                                                                                 request):
+    """The published VAE of SDXL says force_upcast, as it overflows in float16; bfloat16 has float32's range."""
+    family = request.node.callspec.params["model"]
+    half, whole = load(folders[family], dtype=torch.bfloat16), load(folders[family])
+    with torch.no_grad():
+        assert (sample(half) - sample(whole)).abs().mean() < 0.02
+        images = half.decode(1e6 * torch.randn(1, *half.latent_shape))
+    assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+@every_family
+def test_the_text_encoders_are_let_go_and_what_was_encoded_stays(model):
+    with torch.no_grad():
+        model.encode_prompts(["", *PROMPTS[:2]])
+        before = sample(model)
+        model.drop_encoders()
+        held = [module for module in model.pipe.components.values() if isinstance(module, torch.nn.Module)]
+        assert {id(module) for module in held} == {id(model.network), id(model.vae)}
+        assert torch.equal(sample(model), before)
+
+
+# ---- Runs -------------------------------------------------------------------------------------------------
+
+def flags(folder, out, *more):
+    """A run of a few updates on a small model."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:4]))
+    return ["--model", str(folder), "--models", str(TINY), "--prompts", str(prompts), "--height", "32",
+            "--width", "32", "--out", str(out), "--sampling-steps", "4", "--batch-size", "2", "--rank", "4",
+            "--eval-images", "2", "--learning-rate", "1", "--eval-every", "1", "--train-steps", "2", *more]
+
+
+RSAFT = ["--reward", "pickscore", "--eval-reward", "judge", "--noise", "--sam", "--sam-rollout", "window"]
+
+
+def log_lines(out, evaluations=False):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line.get("eval", False) == evaluations]
+
+
+def story(out):
+    """What a run came to, without its clock: the log, and the adapter's bits."""
+    lines = log_lines(out) + log_lines(out, evaluations=True)
+    return [{**line, "seconds": 0} for line in lines], (out / rsaft.ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_says_what_it_costs_goes_on_after_a_kill_and_its_adapter_works_in_plain_diffusers(
+        folders, name, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert rsaft.main(flags(folders[name], whole, *RSAFT)) == 0
+
+    # T = 4, two pictures, a second rollout of the last step alone: 3 steps without gradient, then 1 + 1 with.
+    branches = 1 if name == "flux" else 2
+    costs = 2 * 3 * branches, 2 * 2 * branches
+    assert "takes {} network evaluations without gradient, {} with\n".format(*costs) in capsys.readouterr().out
+    for line in log_lines(whole):
+        assert costs == (line["network_evaluations_without_gradient"], line["network_evaluations_with_gradient"])
+
+    record = rsaft.Run.record
+
+    def killed_in_the_second(run, *args, **kwargs):
+        if run.updates:
+            raise KeyboardInterrupt
+        record(run, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rsaft.Run, "record", killed_in_the_second)
+        assert rsaft.main(flags(folders[name], killed, *RSAFT)) == 1
+    assert len(log_lines(killed)) == 1
+    assert rsaft.main(flags(folders[name], killed, *RSAFT)) == 0 and story(killed) == story(whole)
+
+    pipe = diffusers_pipe(folders[name])
+    assert type(pipe).__name__ == rsaft.find_families()[type(pipe).__name__].pipeline
+    model = load(folders[name])
+    base = ask(pipe, model, 4, model.guidance_scale)
+    pipe.load_lora_weights(str(whole))
+    images = ask(pipe, model, 4, model.guidance_scale)
+    grid = Image.open(whole / "samples" / "step_000002.png")
+    for number, image in enumerate(images):        # in the grid they are four times as large
+        tile = torch.tensor([[grid.getpixel((128 * number + 4 * column, 4 * row)) for column in range(32)]
+                             for row in range(32)]).permute(2, 0, 1)
+        assert (image * 255 - tile).abs().max() < 2 and (image - base[number]).abs().max() > 0.02
+
+    evaluate = rsaft.import_file(HERE.parent / "tools" / "evaluate.py")
+    assert evaluate.main([str(whole)]) == 0
+    last, table = log_lines(whole, evaluations=True)[-1], (whole / "evaluation" / "scores.csv").read_text()
+    scores = [float(line.split(",")[4]) for line in table.splitlines() if line.startswith(str(whole))]
+    assert scores == pytest.approx(last["pictures"]["pickscore"], abs=1e-3)
+
+
+UPDATE = """
+import sys, torch
+root, out, *folders = sys.argv[1:]
+sys.path[:0] = [root, root + "/backbones"]
+import rsaft, test_backbones as small
+torch.distributed.init_process_group()
+for i, folder in enumerate(folders):
+    model = small.load(folder)
+    model.params = small.adapt(model)
+    batches = rsaft.my_share(rsaft.micro_batches(small.PROMPTS[:2], (0, 0), 1))
+    plan = rsaft.draft(4, None)
+    rsaft.rsaft_gradient(batches, small.partial(rsaft.sample_starts, model, plan, size=1),
+                         small.partial(rsaft.sample_images, model, plan),
+                         rsaft.make_reward("pickscore", small.TINY), model.params, 0.01, 0.01)
+    torch.save([p.grad for p in model.params], f"{out}/{i}-{rsaft.process_index()}.pt")
+"""
+
+
+def test_two_processes_make_the_update_of_one(folders, tmp_path, pickscore):
+    (tmp_path / "update.py").write_text(UPDATE)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(tmp_path / "update.py"), str(HERE.parent), str(tmp_path), *(str(folders[name]) for name in FAMILIES)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    for i, name in enumerate(FAMILIES):
+        model = load(folders[name])
+        model.params = adapt(model)
+        _, expected = algorithm_1(model, rsaft.draft(4, None), pickscore, rho=0.01, rho_w=0.01)
+        for rank in 0, 1:
+            for mine, theirs in zip(torch.load(tmp_path / f"{i}-{rank}.pt"), expected, strict=True):
+                assert (mine - theirs).norm() < 1e-3 * theirs.norm()
+
+
+# ---- CRD and GDRO -----------------------------------------------------------------------------------------
+
+crd, gdro = (rsaft.import_file(HERE.parent / "related" / f"{name}.py") for name in ("crd", "gdro"))
+
+
+@every_family
+def test_a_picture_is_noised_to_where_the_sampler_starts_from_and_the_target_leads_back(model):
+    x0, noise = (torch.randn(1, *model.latent_shape, generator=rsaft.named_generator(name)) for name in "xn")
+    levels, prediction_type = gdro.noise_levels(model)
+    assert len(levels) == 1000 and [t for t, _, _ in levels] == sorted(t for t, _, _ in levels)
+    for step in model.steps:
+        _, alpha, sigma = min(levels, key=lambda level: abs(level[0] - step.t))
+        assert (alpha, sigma) == pytest.approx((step.alpha, step.sigma), abs=1e-2)
+        x, y = gdro.forward_process(x0, noise, step.alpha, step.sigma, prediction_type)
+        assert_close(step.x0(x, y), x0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("module", [crd, gdro])
+def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatch):
+    """With guidance as an input CRD's anchor is given its scale, 4.5, and what is regressed the run's."""
+    out, given, predict = tmp_path / "out", [], rsaft.find_families
+    more = ["--reward", "judge", "--train-steps", "1", "--batch-size", "2", "--group-size", "2"]
+    if module is gdro:
+        more += ["--pictures", "2", "--data", str(tmp_path / "data")]
+    if name == "flux":
+        family = rsaft.find_families()["FluxPipeline"]
+        predict = family.predict
+        monkeypatch.setattr(family, "predict", lambda self, x, t, *conditions: (
+            given.append(conditions[-1].unique().item()), predict(self, x, t, *conditions))[1])
+    assert module.main(flags(folders[name], out, *more)) == 0
+    assert log_lines(out)[0]["grad_norm"] > 0 and len(log_lines(out, evaluations=True)) == 2
+    if name == "flux":
+        assert {*given} == ({1.0, 4.5} if module is crd else {3.5})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_that_the_vae_encodes_are_decoded_again(folders, name):
+    """By scale and shift alone: a small random VAE undoes nothing."""
+    model = load(folders[name])
+    seen = []
+    model.vae.decode = lambda latents: (seen.append(latents), types.SimpleNamespace(sample=latents))[1]
+    mean = torch.randn(1, *model.latent_shape)
+    model.decode(gdro.scaled(mean, model.vae))
+    assert_close(seen[0], mean)
+
+
+# ---- What is wrong is one line ----------------------------------------------------------------------------
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+INDEX = "model_index.json"
+WRONG = {
+    "another family": ("sd3", lambda path: edit(path / INDEX, _class_name="SanaSprintPipeline"), [],
+                       "is a SanaSprintPipeline; supported are StableDiffusionPipeline, FluxPipeline"),
+    "a refiner": ("sdxl", lambda path: edit(path / INDEX, _class_name="StableDiffusionXLImg2ImgPipeline"), [],
+                  "StableDiffusionXLImg2ImgPipeline; supported are"),
+    "inpainting": ("sdxl", lambda path: edit(path / "unet/config.json", in_channels=9), [],
+                   "unet takes 9 channels, its latents have 4; is it for inpainting"),
+    "another network": ("sd3", lambda path: edit(path / "transformer/config.json", _class_name="Other"), [],
+                        "a Other where a SD3Transformer2DModel should be"),
+    "no transformer": ("flux", lambda path: shutil.rmtree(path / "transformer"), [], "transformer/config.json"),
+    "no encoder": ("sdxl", lambda path: shutil.rmtree(path / "text_encoder_2"), [], "as a CLIPTextModelW.*"),
+    "null encoder": ("sdxl", lambda path: edit(path / INDEX, text_encoder_2=[None, None]), [],
+                     "its text_encoder_2 doesn't load"),
+    "another library": ("flux", lambda path: edit(path / INDEX, text_encoder_2=["os", "system"]), [],
+                        "its text_encoder_2 doesn't load"),
+    "weights": ("sd3", lambda path: (path / "transformer/diffusion_pytorch_model.safetensors").unlink(), [],
+                "its transformer doesn't|as a SD3Transformer2DModel"),
+    "size": ("sd3", None, ["--height", "36"], "--height 36 and --width 32 must be multiples of 8"),
+    "scheduler": ("flux", lambda path: edit(path / "scheduler/scheduler_config.json", stochastic_sampling=True), [],
+                  "can't be sampled.*FlowMatchEulerDiscreteScheduler"),
+    "EDM": ("sdxl", lambda path: diffusers.EDMEulerScheduler().save_pretrained(path / "scheduler") or edit(
+        path / INDEX, scheduler=["diffusers", "EDMEulerScheduler"]), [], "noise levels of EDMEulerScheduler"),
+    "guidance": ("schnell", None, [], "takes no guidance.*must be 1, not 3.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_model_is_one_line_and_nothing_is_written(folders, tmp_path, case, capsys):
+    name, spoil, more, words = WRONG[case]
+    folder = tmp_path / "model"
+    shutil.copytree(folders[name], folder)
+    if spoil:
+        spoil(folder)
+    assert rsaft.main(flags(folder, tmp_path / "out", *RSAFT, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(words, error), error
+    assert not (tmp_path / "out").exists()

@@ -114,17 +114,18 @@ def make_settings(given, files):
 
 
 def load_pipe(settings):
-    """The base model, as users load it: a StableDiffusionPipeline that samples by DDIM. Raises UserError."""
+    """The base model: a diffusers pipeline; Stable Diffusion and SDXL sample by DDIM. Raises UserError."""
     rsaft.quiet_libraries()
     import diffusers
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)    # it also logs the errors that it raises
-    with explained(f"{settings.model} doesn't load"):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            rsaft.find_model(settings.model), **rsaft.StableDiffusion.pipeline_options)
-    config = pipe.scheduler.config
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    pipe = rsaft.load_model(settings.model, settings.sampling_steps, settings.guidance_scale, settings.height,
+                            settings.width, device=settings.device).pipe
+    if hasattr(pipe.scheduler, "alphas_cumprod"):
+        config = pipe.scheduler.config
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(config,
+                                                             clip_sample=config.get("clip_sample", False))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(settings.device)
+    return pipe
 
 
 @contextlib.contextmanager
@@ -140,7 +141,7 @@ def adapted(pipe, file):
         names = [name for name in content.keys() if not name.endswith(".alpha")]    # alphas arrive as scales
     with explained(f"{file} doesn't fit the model"):
         pipe.load_lora_weights(str(file), adapter_name="judged")
-        parts = [part for part in (pipe.unet, pipe.text_encoder) if hasattr(part, "peft_config")]
+        parts = [part for part in pipe.components.values() if hasattr(part, "peft_config")]
         arrived = sum(len(get_peft_model_state_dict(part, adapter_name="judged")) for part in parts)
         if arrived == 0 or arrived != len(names):
             raise ValueError(f"its {len(names)} tensors, {', '.join(names[:1])} ..., arrived as {arrived}")
@@ -175,8 +176,8 @@ def evaluate(given):
     from tqdm import tqdm
     prompts = rsaft.read_prompts(settings.eval_prompts or settings.prompts)
     prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
-    shape = rsaft.inspect_model(settings.model, settings.height, settings.width)[1]
-    latents, pipe = rsaft.evaluation_latents(len(prompts), shape), load_pipe(settings)
+    family, shape, _, _ = rsaft.inspect_model(settings.model, settings.height, settings.width)
+    latents, pipe = family.pack(rsaft.evaluation_latents(len(prompts), shape)), load_pipe(settings)
     for file in files:      # before any picture is made, so that what is wrong shows soon
         with adapted(pipe, file):
             pass

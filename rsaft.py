@@ -732,9 +732,9 @@ class Backbone:
         return (network["in_channels"], rows, columns), 2 ** (len(vae["block_out_channels"]) - 1)
 
     @classmethod
-    def pack(cls, latents):
-        """Latents (B, C, h, w) in the form that the diffusers pipeline takes."""
-        return latents
+    def pipeline_arguments(cls, latents, guidance_scale):
+        """What, beside prompts, size and steps, the diffusers pipeline needs for the same pictures."""
+        return {"latents": latents, "guidance_scale": guidance_scale}
 
     def branches_at(self, guidance_scale):
         """Network evaluations per step."""
@@ -800,6 +800,12 @@ class Backbone:
         latents = latents / config.scaling_factor + (config.shift_factor or 0)
         return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images):
+        """(B, 3, H, W) images in [0, 1] to the latents, (B, C, h, w), that `decode` makes them of again."""
+        config = self.vae.config
+        encoded = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        return (encoded - (config.shift_factor or 0)) * config.scaling_factor
+
 
 class StableDiffusion(Backbone):
     """Stable Diffusion 1 and 2: a UNet that attends to the output of one text encoder, sampled by DDIM."""
@@ -811,8 +817,9 @@ class StableDiffusion(Backbone):
         from diffusers import DDIMScheduler
         config = self.pipe.scheduler.config
         # Trap: where another scheduler's config is silent on clip_sample, DDIM's own default would be True.
-        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-        return ddim_steps(scheduler, sampling_steps)
+        clip_sample = config.get("clip_sample", False)
+        self.pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
+        return ddim_steps(self.pipe.scheduler, sampling_steps)
 
     def encode(self, prompt):
         return [self.pipe.encode_prompt(prompt, self.device, 1, False)[0]]
@@ -823,7 +830,7 @@ class StableDiffusion(Backbone):
 
 def find_families():
     """{pipeline of diffusers: family}: StableDiffusion, and the FAMILY of each file in backbones/."""
-    files = sorted(set((HERE / "backbones").glob("[!_]*.py")) - set((HERE / "backbones").glob("test_*.py")))
+    files = sorted(file for file in (HERE / "backbones").glob("*.py") if not file.name.startswith("test_"))
     return {family.pipeline: family for family in [StableDiffusion, *(import_file(f).FAMILY for f in files)]}
 
 
@@ -1526,7 +1533,8 @@ TINY = dict(model=str(HERE / "tiny/stable-diffusion"), models=str(HERE / "tiny")
 def add_common_flags(parser):
     """The flags of all methods, also of related/. The paper is RSA-FT's, as far as public summaries tell."""
     parser.flags("model, reward, prompts", [
-        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id", FOLDER),
+        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id: Stable "
+         "Diffusion 1 or 2, or a family of backbones/: SDXL, SD3, SD3.5, FLUX.1", FOLDER),
         ("--models", None, "a folder with a folder per reward, to load them from instead of the hub", FOLDER),
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
         ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "

@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from rsaft import Backbone, UserError, flow_steps
 
 
+def to_tokens(latents):
+    """(B, C, 2h, 2w) to (B, h w, 4 C): each token is a square of 2x2, its channels outermost."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
 class Flux(Backbone):
     pipeline = "FluxPipeline"
     network_name, network_class = "transformer", "FluxTransformer2DModel"
@@ -25,9 +30,8 @@ class Flux(Backbone):
         return (network["in_channels"] // 4, 128, 128), 2 ** (len(vae["block_out_channels"]) - 1)
 
     @classmethod
-    def pack(cls, latents):
-        """(B, C, 2h, 2w) to tokens (B, h w, 4 C), each a square of 2x2 with its channels outermost."""
-        return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    def pipeline_arguments(cls, latents, guidance_scale):
+        return {"latents": to_tokens(latents), "guidance_scale": guidance_scale}
 
     def step_table(self, sampling_steps):
         _, h, w = self.latent_shape
@@ -47,7 +51,7 @@ class Flux(Backbone):
         h, w = x.shape[2] // 2, x.shape[3] // 2
         places = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)    # (h w, 3)
         f = self.network(
-            hidden_states=self.pack(x).to(embeds.dtype), timestep=x.new_full((len(x),), t / 1000),
+            hidden_states=to_tokens(x).to(embeds.dtype), timestep=x.new_full((len(x),), t / 1000),
             guidance=guidance if self.network.config.guidance_embeds else None, pooled_projections=pooled,
             encoder_hidden_states=embeds, txt_ids=x.new_zeros(embeds.shape[1], 3), img_ids=places).sample
         return F.pixel_shuffle(f.transpose(1, 2).unflatten(2, (h, w)), 2)

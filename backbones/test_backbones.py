@@ -161,9 +161,9 @@ def sample(model, plan=None, count=2):
 def ask(pipe, model, T, guidance_scale, call=None, count=2):
     """The same pictures by the pipeline."""
     _, h, w = model.latent_shape
-    latents = model.pack(rsaft.evaluation_latents(count, model.latent_shape))
-    return (call or pipe)(PROMPTS[:count], latents=latents, num_inference_steps=T, height=4 * h, width=4 * w,
-                          guidance_scale=guidance_scale, output_type="pt").images
+    how = model.pipeline_arguments(rsaft.evaluation_latents(count, model.latent_shape), guidance_scale)
+    return (call or pipe)(PROMPTS[:count], num_inference_steps=T, height=4 * h, width=4 * w, output_type="pt",
+                          **how).images
 
 
 # ---- Pictures and gradients are the pipelines' ------------------------------------------------------------
@@ -187,8 +187,6 @@ def test_the_gradient_is_that_through_the_pipelines_own_scheduler(model):
     (sample(model, rsaft.alignprop(4, None, 4)) * weight).sum().backward()
     ours = [p.grad for p in model.params]
     pipe = model.pipe
-    if hasattr(pipe.scheduler, "alphas_cumprod"):
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     call = partial(type(pipe).__call__.__wrapped__, pipe)
     images = ask(pipe, model, 4, model.guidance_scale, call)
@@ -207,14 +205,14 @@ def test_a_flow_step_is_the_step_of_diffusers():
             steps = rsaft.flow_steps(scheduler, T, tokens=1024)
             assert [step.t for step in steps] == scheduler.timesteps.tolist() and len(steps) == T
             for step in steps:
-                assert torch.equal(step.next(x, f), scheduler.step(f, scheduler.timesteps[steps.index(step)], x,
-                                                                   return_dict=False)[0])
+                t = scheduler.timesteps[steps.index(step)]
+                assert torch.equal(step.next(x, f), scheduler.step(f, t, x).prev_sample)
                 noised = step.alpha * x + step.sigma * f
                 assert_close(noised, scheduler.scale_noise(x, torch.tensor([step.t, step.t]), f))
                 assert_close(step.x0(noised, f - x), x)
-    shifted = [rsaft.flow_steps(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4, tokens)
-               for tokens in (256, 4096)]
-    assert shifted[0][1].sigma < shifted[1][1].sigma      # a larger picture stays noisy for longer
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    small, large = (rsaft.flow_steps(scheduler, 4, tokens) for tokens in (256, 4096))
+    assert small[1].sigma < large[1].sigma      # a larger picture stays noisy for longer
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -268,12 +266,10 @@ def watched(function, calls):
     return call
 
 
-@every_family
-def test_bfloat16_makes_nearly_the_same_pictures_and_latents_that_overflow_in_float16_are_decoded(model, folders,
-                                                                                                 request):
-    """The published VAE of SDXL says force_upcast, as it overflows in float16; bfloat16 has float32's range."""
-    family = request.node.callspec.params["model"]
-    half, whole = load(folders[family], dtype=torch.bfloat16), load(folders[family])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_makes_nearly_the_same_pictures_and_what_overflows_in_float16_is_decoded(folders, name):
+    """The published VAE of SDXL overflows in float16 (force_upcast); bfloat16 has float32's range."""
+    half, whole = load(folders[name], dtype=torch.bfloat16), load(folders[name])
     with torch.no_grad():
         assert (sample(half) - sample(whole)).abs().mean() < 0.02
         images = half.decode(1e6 * torch.randn(1, *half.latent_shape))
@@ -326,9 +322,10 @@ def test_a_run_says_what_it_costs_goes_on_after_a_kill_and_its_adapter_works_in_
     # T = 4, two pictures, a second rollout of the last step alone: 3 steps without gradient, then 1 + 1 with.
     branches = 1 if name == "flux" else 2
     costs = 2 * 3 * branches, 2 * 2 * branches
-    assert "takes {} network evaluations without gradient, {} with\n".format(*costs) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"takes {costs[0]} network evaluations without gradient, {costs[1]} with\n" in printed
     for line in log_lines(whole):
-        assert costs == (line["network_evaluations_without_gradient"], line["network_evaluations_with_gradient"])
+        assert costs == tuple(line[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
 
     record = rsaft.Run.record
 
@@ -382,10 +379,10 @@ for i, folder in enumerate(folders):
 
 def test_two_processes_make_the_update_of_one(folders, tmp_path, pickscore):
     (tmp_path / "update.py").write_text(UPDATE)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "update.py"), str(HERE.parent), str(tmp_path), *(str(folders[name]) for name in FAMILIES)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [tmp_path / "update.py", HERE.parent, tmp_path, *(folders[name] for name in FAMILIES)]
+    result = subprocess.run([*torchrun, *map(str, arguments)], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     for i, name in enumerate(FAMILIES):
         model = load(folders[name])
@@ -432,15 +429,15 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
         assert {*given} == ({1.0, 4.5} if module is crd else {3.5})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_pictures_that_the_vae_encodes_are_decoded_again(folders, name):
-    """By scale and shift alone: a small random VAE undoes nothing."""
-    model = load(folders[name])
-    seen = []
-    model.vae.decode = lambda latents: (seen.append(latents), types.SimpleNamespace(sample=latents))[1]
-    mean = torch.randn(1, *model.latent_shape)
-    model.decode(gdro.scaled(mean, model.vae))
-    assert_close(seen[0], mean)
+@every_family
+def test_encoded_pictures_are_what_is_decoded(model):
+    """A small random VAE undoes nothing, so its two halves are watched."""
+    images, mean, seen = torch.rand(1, 3, 32, 32), torch.randn(1, *model.latent_shape), []
+    distribution = types.SimpleNamespace(mean=mean)
+    model.vae.encode = lambda x: (seen.append(x), types.SimpleNamespace(latent_dist=distribution))[1]
+    model.vae.decode = lambda x: (seen.append(x), types.SimpleNamespace(sample=2 * images - 1))[1]
+    assert_close(model.decode(model.encode_images(images)), images)
+    assert_close(seen, [2 * images - 1, mean])
 
 
 # ---- What is wrong is one line ----------------------------------------------------------------------------
@@ -459,7 +456,8 @@ WRONG = {
                    "unet takes 9 channels, its latents have 4; is it for inpainting"),
     "another network": ("sd3", lambda path: edit(path / "transformer/config.json", _class_name="Other"), [],
                         "a Other where a SD3Transformer2DModel should be"),
-    "no transformer": ("flux", lambda path: shutil.rmtree(path / "transformer"), [], "transformer/config.json"),
+    "no transformer": ("flux", lambda path: shutil.rmtree(path / "transformer"), [],
+                       "transformer/config.json"),
     "no encoder": ("sdxl", lambda path: shutil.rmtree(path / "text_encoder_2"), [], "as a CLIPTextModelW.*"),
     "null encoder": ("sdxl", lambda path: edit(path / INDEX, text_encoder_2=[None, None]), [],
                      "its text_encoder_2 doesn't load"),
@@ -468,8 +466,8 @@ WRONG = {
     "weights": ("sd3", lambda path: (path / "transformer/diffusion_pytorch_model.safetensors").unlink(), [],
                 "its transformer doesn't|as a SD3Transformer2DModel"),
     "size": ("sd3", None, ["--height", "36"], "--height 36 and --width 32 must be multiples of 8"),
-    "scheduler": ("flux", lambda path: edit(path / "scheduler/scheduler_config.json", stochastic_sampling=True), [],
-                  "can't be sampled.*FlowMatchEulerDiscreteScheduler"),
+    "noise": ("flux", lambda path: edit(path / "scheduler/scheduler_config.json", stochastic_sampling=True),
+              [], "can't be sampled.*FlowMatchEulerDiscreteScheduler"),
     "EDM": ("sdxl", lambda path: diffusers.EDMEulerScheduler().save_pretrained(path / "scheduler") or edit(
         path / INDEX, scheduler=["diffusers", "EDMEulerScheduler"]), [], "noise levels of EDMEulerScheduler"),
     "guidance": ("schnell", None, [], "takes no guidance.*must be 1, not 3.5"),

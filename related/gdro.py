@@ -200,11 +200,6 @@ def read_lines(folder):
     return lines
 
 
-def scaled(encoded, vae):
-    """What a VAE encodes, as the latents of which `Backbone.decode` makes the picture again."""
-    return (encoded - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-
-
 def read_pictures(settings, model, folder, lines):
     """The scored pictures of `lines`: {prompt: (latents (n, C, h, w), rewards (n,))}, on the CPU.
 
@@ -214,7 +209,7 @@ def read_pictures(settings, model, folder, lines):
     import numpy
     from PIL import Image
     from safetensors.torch import load_file
-    height, width, vae, groups = settings.height, settings.width, model.vae, defaultdict(list)
+    height, width, groups = settings.height, settings.width, defaultdict(list)
     for number, line in enumerate(lines, 1):
         with explained(f"--data {folder}: line {number} of {LINES} won't do"):
             path = folder / line["file"]
@@ -226,8 +221,7 @@ def read_pictures(settings, model, folder, lines):
                     raise ValueError(f"it has {pixels.shape[3]}x{pixels.shape[2]} pixels, not "
                                      f"{width}x{height}")
                 with torch.no_grad():
-                    encoded = vae.encode((pixels.to(model.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mean
-                latents = scaled(encoded[0], vae).float().cpu()
+                    latents = model.encode_images(pixels.to(model.device) / 255)[0].cpu()
             if latents.shape != model.latent_shape or not math.isfinite(line["reward"]):
                 raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward "
                                  f"{line['reward']}")

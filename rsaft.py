@@ -113,18 +113,20 @@ def ddim_steps(scheduler, sampling_steps):
     return steps
 
 
-def flow_steps(scheduler, sampling_steps, tokens, sigmas=None):
+def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
     """Euler's update of flow matching (arXiv 2210.02747) as numbers: a list of Step, with alpha = 1 - sigma.
 
-    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: a picture's, by whose number it may shift
-    the sigmas; sigmas: what it begins with instead of its own. The network answers with f = noise - x0.
-    Raises ValueError for another scheduler, or one that adds noise.
+    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: of a picture, by whose number it shifts
+    the sigmas if it does so at all; mu: that shift, instead; even: begin with 1, 1 - 1/T, ... 1/T, not with
+    its own sigmas. The network answers with f = noise - x0. Raises ValueError for another scheduler.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
         raise ValueError(f"{kind} is no FlowMatchEulerDiscreteScheduler, or is set to add noise or invert")
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)    # for use_dynamic_shifting alone
+    if mu is None:
+        mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    sigmas = [1 - i / sampling_steps for i in range(sampling_steps)] if even else None
     scheduler.set_timesteps(sampling_steps, sigmas=sigmas, mu=mu)
     levels = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), scheduler.sigmas.diff().tolist())
     return [Step(t, 1 - sigma, sigma, 1.0, change, 1.0, -sigma) for t, sigma, change in levels]
@@ -709,6 +711,7 @@ class Backbone:
     pipeline, pipeline_options = None, {}
     index_options = ()                             # options that model_index.json may set
     network_name, network_class = "unet", None     # what is trained; its name is the adapter's prefix
+    vae_class = "AutoencoderKL"
     encoder_names = ("text_encoder",)              # what only prompts need; each has a tokenizer beside it
     may_be_null = ()                               # parts that a model may do without
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -727,18 +730,28 @@ class Backbone:
     @classmethod
     def geometry(cls, network, vae):
         """From their configs: the default latents' shape, (C, h, w), and the pixels to a latent's side."""
-        size = network["sample_size"]
+        size, channels = network["sample_size"], network["in_channels"]
         rows, columns = size if isinstance(size, list) else (size, size)
-        return (network["in_channels"], rows, columns), 2 ** (len(vae["block_out_channels"]) - 1)
+        if channels != vae["latent_channels"]:
+            raise ValueError(f"its {cls.network_name} takes {channels} channels, its latents have "
+                             f"{vae['latent_channels']}; is it for inpainting?")
+        return (channels, rows, columns), 2 ** (len(vae["block_out_channels"]) - 1)
 
     @classmethod
     def pipeline_arguments(cls, latents, guidance_scale):
         """What, beside prompts, size and steps, the diffusers pipeline needs for the same pictures."""
         return {"latents": latents, "guidance_scale": guidance_scale}
 
+    def takes_guidance(self):
+        """Whether it can be guided: distilled models can't."""
+        return True
+
     def branches_at(self, guidance_scale):
-        """Network evaluations per step."""
-        return 2 if guidance_scale > 1 else 1
+        """Network evaluations per step. Raises UserError for a scale that the model can't take."""
+        if guidance_scale > 1 and not self.takes_guidance():
+            raise UserError(f"this model is distilled, it takes no guidance: the scale must be 1, not "
+                            f"{guidance_scale:g} (--guidance-scale, and --anchor-scale of CRD)")
+        return 2 if guidance_scale > 1 and not self.guidance_is_input else 1
 
     def add_adapter(self, rank, generator):
         """Put a new LoRA adapter into the network. Returns the trained parameters. Raises UserError."""
@@ -796,15 +809,19 @@ class Backbone:
 
         Saturated pixels carry no gradient: that is the clamp.
         """
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0)
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        images = self.vae.decode(self.to_vae(latents).to(self.vae.dtype)).sample.float()
+        return (images / 2 + 0.5).clamp(0, 1)
 
     def encode_images(self, images):
         """(B, 3, H, W) images in [0, 1] to the latents, (B, C, h, w), that `decode` makes them of again."""
-        config = self.vae.config
-        encoded = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
-        return (encoded - (config.shift_factor or 0)) * config.scaling_factor
+        return self.from_vae(self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float())
+
+    def to_vae(self, latents):
+        """Latents in the VAE's own scale; `from_vae` undoes it."""
+        return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+
+    def from_vae(self, encoded):
+        return (encoded - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
 
 class StableDiffusion(Backbone):
@@ -849,13 +866,10 @@ def inspect_model(model, height=None, width=None):
         family = families[name]
         network, vae = (json.loads(find_file(source, f"{part}/config.json").read_text())
                         for part in (family.network_name, "vae"))
-        for config, expected in (network, family.network_class), (vae, "AutoencoderKL"):
+        for config, expected in (network, family.network_class), (vae, family.vae_class):
             if config["_class_name"] != expected:
                 raise ValueError(f"it has a {config['_class_name']} where a {expected} should be")
         (channels, rows, columns), factor = family.geometry(network, vae)
-        if channels != vae["latent_channels"]:
-            raise ValueError(f"its {family.network_name} takes {channels} channels, its latents have "
-                             f"{vae['latent_channels']}; is it for inpainting?")
         height, width = height or factor * rows, width or factor * columns
         multiple = factor * family.patch_size
         if height % multiple or width % multiple:
@@ -1534,7 +1548,7 @@ def add_common_flags(parser):
     """The flags of all methods, also of related/. The paper is RSA-FT's, as far as public summaries tell."""
     parser.flags("model, reward, prompts", [
         ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id: Stable "
-         "Diffusion 1 or 2, or a family of backbones/: SDXL, SD3, SD3.5, FLUX.1", FOLDER),
+         "Diffusion 1 or 2, SDXL, SD3, SD3.5, FLUX.1, FLUX.2 klein, Z-Image", FOLDER),
         ("--models", None, "a folder with a folder per reward, to load them from instead of the hub", FOLDER),
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
         ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "

@@ -9,7 +9,7 @@ GDRO: 512 px. FLUX.1-schnell knows no guidance and takes --sampling-steps 4 --gu
 import torch
 import torch.nn.functional as F
 
-from rsaft import Backbone, UserError, flow_steps
+from rsaft import Backbone, flow_steps
 
 
 def to_tokens(latents):
@@ -27,7 +27,7 @@ class Flux(Backbone):
 
     @classmethod
     def geometry(cls, network, vae):
-        return (network["in_channels"] // 4, 128, 128), 2 ** (len(vae["block_out_channels"]) - 1)
+        return super().geometry({"in_channels": network["in_channels"] // 4, "sample_size": 128}, vae)
 
     @classmethod
     def pipeline_arguments(cls, latents, guidance_scale):
@@ -35,17 +35,13 @@ class Flux(Backbone):
 
     def step_table(self, sampling_steps):
         _, h, w = self.latent_shape
-        sigmas = torch.linspace(1, 1 / sampling_steps, sampling_steps, dtype=torch.float64).tolist()
-        return flow_steps(self.pipe.scheduler, sampling_steps, h // 2 * (w // 2), sigmas)
+        return flow_steps(self.pipe.scheduler, sampling_steps, h // 2 * (w // 2), even=True)
 
     def encode(self, prompt):
         return list(self.pipe.encode_prompt(prompt, device=self.device)[:2])
 
-    def branches_at(self, guidance_scale):
-        if guidance_scale > 1 and not self.network.config.guidance_embeds:
-            raise UserError(f"this model takes no guidance, as FLUX.1-schnell: the scale must be 1, not "
-                            f"{guidance_scale:g} (--guidance-scale; CRD: --anchor-scale too)")
-        return 1
+    def takes_guidance(self):
+        return self.network.config.guidance_embeds
 
     def predict(self, x, t, embeds, pooled, guidance):
         h, w = x.shape[2] // 2, x.shape[3] // 2

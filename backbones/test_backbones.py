@@ -23,12 +23,14 @@ import rsaft  # noqa: E402
 rsaft.quiet_libraries()
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
+from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
 
 TINY = HERE.parent / "tiny"
 PROMPTS = (TINY / "prompts.txt").read_text().splitlines()
 SIZE = 32    # pixels; each VAE here has a factor of 4
-FAMILIES = ["sdxl", "sd3", "flux"]
-GUIDANCE = {"sdxl": 5.0, "sd3": 7.0, "sd3 without T5": 4.5, "flux": 3.5, "schnell": 1.0}
+FAMILIES = ["sdxl", "sd3", "flux", "flux2_klein", "z_image"]
+GUIDANCE = {"sdxl": 5.0, "sd3": 7.0, "sd3 without T5": 4.5, "flux": 3.5, "schnell": 1.0, "flux2_klein": 4.0,
+            "z_image": 5.0}
 
 
 # ---- Small models: the published classes, a few thousand weights ------------------------------------------
@@ -101,8 +103,46 @@ def flux(guidance_embeds=True):
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift))
 
 
-MAKERS = {"sdxl": sdxl, "sd3": sd3, "flux": flux, "sd3 without T5": partial(sd3, third=False),
-          "schnell": partial(flux, guidance_embeds=False)}
+def qwen3(kind, width, layers):
+    """Bytes are its tokens."""
+    characters = {character: i for i, character in enumerate(["<|endoftext|>", *bytes_to_unicode().values()])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=characters, merges=[])
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}: {% endfor %}"
+    encoder = kind(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=8, initializer_range=0.2))
+    return encoder.eval(), tokenizer
+
+
+def flux2_klein():
+    encoder, tokenizer = qwen3(transformers.Qwen3ForCausalLM, 8, 27)    # its layers 9, 18, 27 are read
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False)
+    return diffusers.Flux2KleinPipeline(
+        vae=autoencoder, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0))
+
+
+def z_image():
+    encoder, tokenizer = qwen3(transformers.Qwen3Model, 16, 2)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=(4, 6, 6), axes_lens=(256, 32, 32))
+    return diffusers.ZImagePipeline(
+        vae=vae(4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False), text_encoder=encoder,
+        tokenizer=tokenizer, transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+MAKERS = {"sdxl": sdxl, "sd3": sd3, "flux": flux, "flux2_klein": flux2_klein, "z_image": z_image,
+          "sd3 without T5": partial(sd3, third=False), "schnell": partial(flux, guidance_embeds=False)}
 
 
 @pytest.fixture(scope="session")
@@ -160,10 +200,11 @@ def sample(model, plan=None, count=2):
 
 def ask(pipe, model, T, guidance_scale, call=None, count=2):
     """The same pictures by the pipeline."""
-    _, h, w = model.latent_shape
     how = model.pipeline_arguments(rsaft.evaluation_latents(count, model.latent_shape), guidance_scale)
-    return (call or pipe)(PROMPTS[:count], num_inference_steps=T, height=4 * h, width=4 * w, output_type="pt",
-                          **how).images
+    with torch.no_grad():
+        height, width = model.decode(torch.zeros(1, *model.latent_shape)).shape[2:]
+    return (call or pipe)(prompt=PROMPTS[:count], num_inference_steps=T, height=height, width=width,
+                          output_type="pt", **how).images
 
 
 # ---- Pictures and gradients are the pipelines' ------------------------------------------------------------
@@ -402,10 +443,9 @@ crd, gdro = (rsaft.import_file(HERE.parent / "related" / f"{name}.py") for name 
 def test_a_picture_is_noised_to_where_the_sampler_starts_from_and_the_target_leads_back(model):
     x0, noise = (torch.randn(1, *model.latent_shape, generator=rsaft.named_generator(name)) for name in "xn")
     levels, prediction_type = gdro.noise_levels(model)
-    assert len(levels) == 1000 and [t for t, _, _ in levels] == sorted(t for t, _, _ in levels)
+    assert [sigma for _, _, sigma in levels] == sorted(sigma for _, _, sigma in levels)
     for step in model.steps:
-        _, alpha, sigma = min(levels, key=lambda level: abs(level[0] - step.t))
-        assert (alpha, sigma) == pytest.approx((step.alpha, step.sigma), abs=1e-2)
+        assert pytest.approx((step.t, step.alpha, step.sigma), abs=1e-6) in levels
         x, y = gdro.forward_process(x0, noise, step.alpha, step.sigma, prediction_type)
         assert_close(step.x0(x, y), x0, rtol=1e-4, atol=1e-4)
 
@@ -432,7 +472,8 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
 @every_family
 def test_encoded_pictures_are_what_is_decoded(model):
     """A small random VAE undoes nothing, so its two halves are watched."""
-    images, mean, seen = torch.rand(1, 3, 32, 32), torch.randn(1, *model.latent_shape), []
+    images, seen = torch.rand(1, 3, 32, 32), []
+    mean = torch.randn_like(model.to_vae(torch.zeros(1, *model.latent_shape)))
     distribution = types.SimpleNamespace(mean=mean)
     model.vae.encode = lambda x: (seen.append(x), types.SimpleNamespace(latent_dist=distribution))[1]
     model.vae.decode = lambda x: (seen.append(x), types.SimpleNamespace(sample=2 * images - 1))[1]

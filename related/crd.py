@@ -23,6 +23,7 @@ Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's
     python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
 """
 import functools
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -162,7 +163,7 @@ def train(settings):
             for number, (prompt, x0, R) in enumerate(zip(chosen, latents, advantages)):
                 rng = named_generator(settings.seed, step, number, "regression")
                 # One t for the group, of the noisiest 99 percent.
-                t, alpha, sigma = levels[rsaft.draw(rng, len(levels) // 100, len(levels) - 1)]
+                t, alpha, sigma = levels[rsaft.draw(rng, math.ceil(len(levels) / 100), len(levels) - 1)]
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
                 x, y = forward_process(x0, noise, alpha, sigma, prediction_type)
                 denoise = model.denoiser([prompt] * n, own_scale(model))

@@ -58,16 +58,15 @@ def forward_process(x0, noise, alpha, sigma, prediction_type):
 def noise_levels(model):
     """What a picture can be noised to, a list of (t, alpha, sigma), the least noisy first; prediction_type.
 
-    model: an rsaft.Backbone. They are all of the scheduler's timesteps; with flow matching those of the
-    sampler, shifted as it shifts them, of as many steps as there are in training.
+    model: an rsaft.Backbone. They are all of the scheduler's timesteps; with flow matching the sampler's own
+    steps, as it shifts them.
     """
     scheduler = model.pipe.scheduler
     if hasattr(scheduler, "alphas_cumprod"):
         alphas = scheduler.alphas_cumprod.sqrt().tolist()
         levels = [(t, alpha, (1 - alpha ** 2) ** 0.5) for t, alpha in enumerate(alphas)]
         return levels, scheduler.config.prediction_type
-    steps = model.step_table(scheduler.config.num_train_timesteps)
-    return [(step.t, step.alpha, step.sigma) for step in reversed(steps)], "flow"
+    return [(step.t, step.alpha, step.sigma) for step in reversed(model.steps)], "flow"
 
 
 def own_scale(model):

@@ -154,7 +154,7 @@ def sample(model, settings, prompts, latents, rewards, bar):
     for i in range(0, len(prompts), size):
         asked, noise = prompts[i:i + size], latents[i:i + size].to(settings.device)
         how = model.pipeline_arguments(noise, settings.guidance_scale)
-        images = model.pipe(asked, num_inference_steps=settings.sampling_steps, height=settings.height,
+        images = model.pipe(prompt=asked, num_inference_steps=settings.sampling_steps, height=settings.height,
                             width=settings.width, output_type="pt", **how).images
         for name, reward in rewards.items():
             scores[name].append(reward(images, asked).cpu().double())

@@ -709,7 +709,6 @@ class Backbone:
     for latents x, without guidance. With guidance_is_input the last condition is its scale, (B,).
     """
     pipeline, pipeline_options = None, {}
-    index_options = ()                             # options that model_index.json may set
     network_name, network_class = "unet", None     # what is trained; its name is the adapter's prefix
     vae_class = "AutoencoderKL"
     encoder_names = ("text_encoder",)              # what only prompts need; each has a tokenizer beside it
@@ -742,16 +741,9 @@ class Backbone:
         """What, beside prompts, size and steps, the diffusers pipeline needs for the same pictures."""
         return {"latents": latents, "guidance_scale": guidance_scale}
 
-    def takes_guidance(self):
-        """Whether it can be guided: distilled models can't."""
-        return True
-
     def branches_at(self, guidance_scale):
         """Network evaluations per step. Raises UserError for a scale that the model can't take."""
-        if guidance_scale > 1 and not self.takes_guidance():
-            raise UserError(f"this model is distilled, it takes no guidance: the scale must be 1, not "
-                            f"{guidance_scale:g} (--guidance-scale, and --anchor-scale of CRD)")
-        return 2 if guidance_scale > 1 and not self.guidance_is_input else 1
+        return 2 if guidance_scale > 1 else 1
 
     def add_adapter(self, rank, generator):
         """Put a new LoRA adapter into the network. Returns the trained parameters. Raises UserError."""
@@ -812,12 +804,8 @@ class Backbone:
         images = self.vae.decode(self.to_vae(latents).to(self.vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1)
 
-    def encode_images(self, images):
-        """(B, 3, H, W) images in [0, 1] to the latents, (B, C, h, w), that `decode` makes them of again."""
-        return self.from_vae(self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float())
-
     def to_vae(self, latents):
-        """Latents in the VAE's own scale; `from_vae` undoes it."""
+        """Latents as the VAE has them; `from_vae` undoes it."""
         return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
 
     def from_vae(self, encoded):
@@ -886,14 +874,13 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
     import diffusers
     import transformers
     family, latent_shape, _, _ = inspect_model(model, height, width)
-    source, parts = find_model(model), {}
+    source, parts = find_model(model), dict.fromkeys(family.may_be_null)
     index = json.loads(find_file(source, "model_index.json").read_text())
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in family.encoder_names]
     for part in ("scheduler", *tokenizers, *family.encoder_names, "vae", family.network_name):
         with explained(f"{model}: its {part} doesn't load"):
             library, name = index[part]
-            if name is None and part in family.may_be_null:
-                parts[part] = None
+            if part in parts and name is None:
                 continue
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
             if part == "scheduler":
@@ -902,8 +889,8 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
                 parts[part] = load_tokenizer(kind, source, subfolder=part)
             else:
                 parts[part] = load_complete(kind, source, dtype, subfolder=part).to(device)
-    options = {name: index[name] for name in family.index_options if name in index}
-    pipe = getattr(diffusers, family.pipeline)(**parts, **family.pipeline_options, **options)
+    switches = {name: value for name, value in index.items() if isinstance(value, bool)}
+    pipe = getattr(diffusers, family.pipeline)(**parts, **switches | family.pipeline_options)
     guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
     return family(pipe, sampling_steps or family.sampling_steps, guidance_scale, latent_shape, device)
 

@@ -9,7 +9,7 @@ GDRO: 512 px. FLUX.1-schnell knows no guidance and takes --sampling-steps 4 --gu
 import torch
 import torch.nn.functional as F
 
-from rsaft import Backbone, flow_steps
+from rsaft import Backbone, UserError, flow_steps
 
 
 def to_tokens(latents):
@@ -40,8 +40,11 @@ class Flux(Backbone):
     def encode(self, prompt):
         return list(self.pipe.encode_prompt(prompt, device=self.device)[:2])
 
-    def takes_guidance(self):
-        return self.network.config.guidance_embeds
+    def branches_at(self, guidance_scale):
+        if guidance_scale > 1 and not self.network.config.guidance_embeds:
+            raise UserError("this FLUX.1 is distilled and takes no guidance: the scale must be 1, not "
+                            f"{guidance_scale:g} (--guidance-scale, and --anchor-scale of CRD)")
+        return 1
 
     def predict(self, x, t, embeds, pooled, guidance):
         h, w = x.shape[2] // 2, x.shape[3] // 2

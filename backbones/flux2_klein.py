@@ -8,11 +8,11 @@ the VAE's, its channels outermost, normalised by the statistics that the VAE com
 import torch
 import torch.nn.functional as F
 
-from rsaft import Backbone, flow_steps
+from rsaft import Backbone, UserError, flow_steps
 
 
 class Flux2Klein(Backbone):
-    pipeline, index_options = "Flux2KleinPipeline", ("is_distilled",)
+    pipeline = "Flux2KleinPipeline"
     network_name, network_class = "transformer", "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
     lora_targets = (*Backbone.lora_targets, "to_qkv_mlp_proj", "to_out")
@@ -28,8 +28,11 @@ class Flux2Klein(Backbone):
         mu = compute_empirical_mu(h * w, sampling_steps)
         return flow_steps(self.pipe.scheduler, sampling_steps, h * w, even=True, mu=mu)
 
-    def takes_guidance(self):
-        return not self.pipe.config.is_distilled
+    def branches_at(self, guidance_scale):
+        if guidance_scale > 1 and self.pipe.config.is_distilled:
+            raise UserError("this FLUX.2 is distilled and takes no guidance: the scale must be 1, not "
+                            f"{guidance_scale:g} (--guidance-scale, and --anchor-scale of CRD)")
+        return super().branches_at(guidance_scale)
 
     def encode(self, prompt):
         return [self.pipe.encode_prompt(prompt, device=self.device)[0]]
@@ -43,18 +46,14 @@ class Flux2Klein(Backbone):
                          encoder_hidden_states=embeds, txt_ids=text, timestep=x.new_full((B,), t / 1000))
         return f.sample.transpose(1, 2).unflatten(2, (h, w))
 
-    def statistics(self):
-        """Mean and standard deviation of the VAE's squares, (C, 1, 1)."""
-        bn = self.vae.bn
-        return bn.running_mean.float()[:, None, None], (bn.running_var.float() + bn.eps).sqrt()[:, None, None]
-
     def to_vae(self, latents):
-        mean, std = self.statistics()
-        return F.pixel_shuffle(latents * std + mean, 2)
+        bn = self.vae.bn
+        mean, std = bn.running_mean.float(), (bn.running_var.float() + bn.eps).sqrt()
+        return F.pixel_shuffle(latents * std[:, None, None] + mean[:, None, None], 2)
 
     def from_vae(self, encoded):
-        mean, std = self.statistics()
-        return (F.pixel_unshuffle(encoded, 2) - mean) / std
+        mean, variance = self.vae.bn.running_mean.float(), self.vae.bn.running_var.float()
+        return F.batch_norm(F.pixel_unshuffle(encoded, 2), mean, variance, eps=self.vae.bn.eps)
 
 
 FAMILY = Flux2Klein

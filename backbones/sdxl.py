@@ -9,7 +9,6 @@ from rsaft import StableDiffusion
 
 class StableDiffusionXL(StableDiffusion):
     pipeline, pipeline_options = "StableDiffusionXLPipeline", {"add_watermarker": False}
-    index_options = ("force_zeros_for_empty_prompt",)
     encoder_names = ("text_encoder", "text_encoder_2")
     guidance_scale = 5.0
 

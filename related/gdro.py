@@ -208,7 +208,7 @@ def read_pictures(settings, model, folder, lines):
     import numpy
     from PIL import Image
     from safetensors.torch import load_file
-    height, width, groups = settings.height, settings.width, defaultdict(list)
+    height, width, vae, groups = settings.height, settings.width, model.vae, defaultdict(list)
     for number, line in enumerate(lines, 1):
         with explained(f"--data {folder}: line {number} of {LINES} won't do"):
             path = folder / line["file"]
@@ -220,7 +220,8 @@ def read_pictures(settings, model, folder, lines):
                     raise ValueError(f"it has {pixels.shape[3]}x{pixels.shape[2]} pixels, not "
                                      f"{width}x{height}")
                 with torch.no_grad():
-                    latents = model.encode_images(pixels.to(model.device) / 255)[0].cpu()
+                    encoded = vae.encode((pixels.to(model.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mean
+                latents = model.from_vae(encoded.float())[0].cpu()
             if latents.shape != model.latent_shape or not math.isfinite(line["reward"]):
                 raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward "
                                  f"{line['reward']}")

@@ -113,6 +113,25 @@ def ddim_steps(scheduler, sampling_steps):
     return steps
 
 
+def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
+    """Euler's update of flow matching (arXiv 2210.02747) as numbers: a list of Step, with alpha = 1 - sigma.
+
+    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: of a picture, by whose number it shifts
+    the sigmas if it does so at all; mu: that shift, instead; even: begin with 1, 1 - 1/T, ... 1/T, not with
+    its own sigmas. The network answers with f = noise - x0. Raises ValueError for another scheduler.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
+        raise ValueError(f"{kind} is no FlowMatchEulerDiscreteScheduler, or is set to add noise or invert")
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    if mu is None:
+        mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    sigmas = [1 - i / sampling_steps for i in range(sampling_steps)] if even else None
+    scheduler.set_timesteps(sampling_steps, sigmas=sigmas, mu=mu)
+    levels = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), scheduler.sigmas.diff().tolist())
+    return [Step(t, 1 - sigma, sigma, 1.0, change, 1.0, -sigma) for t, sigma, change in levels]
+
+
 # ---- The differentiable rollout, x0(xT, c; theta) ----------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -753,18 +772,23 @@ class Backbone:
 
     A family is a subclass, as StableDiffusion below. It names its class in diffusers and its parts, and has
     step_table(n), a list of Step; encode(prompt), what the network is told of a prompt, a list of tensors
-    (1, ...); predict(x, t, *conditions), the network's output f for latents x, without guidance.
+    (1, ...), where "" is what guidance leads away from; predict(x, t, *conditions), the network's output f
+    for latents x, without guidance. With guidance_is_input the last condition is its scale, (B,).
     """
     pipeline, pipeline_options = None, {}
     network_name, network_class = "unet", None     # what is trained; its name is the adapter's prefix
+    vae_class = "AutoencoderKL"
     encoder_names = ("text_encoder",)              # what only prompts need; each has a tokenizer beside it
+    may_be_null = ()                               # parts that a model may do without
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    patch_size = 1                                 # the side of the network's tokens, in latents
+    guidance_is_input = False
     sampling_steps, guidance_scale = 50, 7.5       # defaults
 
     def __init__(self, pipe, sampling_steps, guidance_scale, latent_shape, device):
         self.pipe, self.network, self.vae = pipe, getattr(pipe, self.network_name), pipe.vae
         self.guidance_scale, self.latent_shape, self.device = guidance_scale, latent_shape, device
-        self.branches = 2 if guidance_scale > 1 else 1      # network evaluations per step
+        self.branches = self.branches_at(guidance_scale)
         self.counts, self.encoded = Counter(), {}      # of network evaluations; what was encoded, by prompt
         self.heartbeat = lambda: None      # called at each network evaluation, to show that it goes on
         with explained("this model can't be sampled"):
@@ -780,6 +804,24 @@ class Backbone:
         small, large = ("scheduler", *cls.tokenizer_names()), (*cls.encoder_names, "vae", cls.network_name)
         return [*CONFIGS, *(f"{part}/*" for part in small),
                 *(f"{part}/{pattern}" for part in large for pattern in WEIGHTS)]
+
+    def geometry(cls, network, vae):
+        """From their configs: the default latents' shape, (C, h, w), and the pixels to a latent's side."""
+        size, channels = network["sample_size"], network["in_channels"]
+        rows, columns = size if isinstance(size, list) else (size, size)
+        if channels != vae["latent_channels"]:
+            raise ValueError(f"its {cls.network_name} takes {channels} channels, its latents have "
+                             f"{vae['latent_channels']}; is it for inpainting?")
+        return (channels, rows, columns), 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @classmethod
+    def pipeline_arguments(cls, latents, guidance_scale):
+        """What, beside prompts, size and steps, the diffusers pipeline needs for the same pictures."""
+        return {"latents": latents, "guidance_scale": guidance_scale}
+
+    def branches_at(self, guidance_scale):
+        """Network evaluations per step. Raises UserError for a scale that the model can't take."""
+        return 2 if guidance_scale > 1 else 1
 
     def add_adapter(self, rank, generator):
         """Put a new LoRA adapter into the network. Returns the trained parameters. Raises UserError."""
@@ -808,21 +850,25 @@ class Backbone:
         """A function (x, t) -> f for `rollout`: the network under guidance (CFG, arXiv 2207.12598).
 
         The two branches run as one batch, and the gradient goes through both. x and f are float32, whatever
-        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
+        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers. Where it is
+        the network's input there is one branch.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        asked = [*[""] * len(prompts), *prompts] if scale > 1 else prompts
+        two = self.branches_at(scale) == 2
+        asked = [*[""] * len(prompts), *prompts] if two else prompts
         self.encode_prompts(asked)
         encoded = [self.encoded[prompt] for prompt in asked]
         conditions = [torch.cat(tensors).to(self.device) for tensors in zip(*encoded)]
+        if self.guidance_is_input:
+            conditions.append(torch.full((len(prompts),), float(scale), device=self.device))
 
         def denoise(x, t):
-            x = torch.cat([x, x]) if scale > 1 else x
+            x = torch.cat([x, x]) if two else x
             kind = "with" if torch.is_grad_enabled() else "without"
             self.counts[f"network_evaluations_{kind}_gradient"] += len(x)
             self.heartbeat()
             f = self.predict(x, t, *conditions).float()
-            if scale > 1:
+            if two:
                 unconditional, conditional = f.chunk(2)
                 f = unconditional + scale * (conditional - unconditional)
             return f
@@ -834,8 +880,15 @@ class Backbone:
 
         Saturated pixels carry no gradient: that is the clamp.
         """
-        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        images = self.vae.decode(self.to_vae(latents).to(self.vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def to_vae(self, latents):
+        """Latents as the VAE has them; `from_vae` undoes it."""
+        return latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+
+    def from_vae(self, encoded):
+        return (encoded - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
 
 class StableDiffusion(Backbone):
@@ -848,8 +901,9 @@ class StableDiffusion(Backbone):
         from diffusers import DDIMScheduler
         config = self.pipe.scheduler.config
         # Trap: where another scheduler's config is silent on clip_sample, DDIM's own default would be True.
-        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-        return ddim_steps(scheduler, sampling_steps)
+        clip_sample = config.get("clip_sample", False)
+        self.pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
+        return ddim_steps(self.pipe.scheduler, sampling_steps)
 
     def encode(self, prompt):
         return [self.pipe.encode_prompt(prompt, self.device, 1, False)[0]]
@@ -858,7 +912,10 @@ class StableDiffusion(Backbone):
         return self.network(x.to(embeds.dtype), t, encoder_hidden_states=embeds).sample
 
 
-FAMILIES = {family.pipeline: family for family in (StableDiffusion,)}
+def find_families():
+    """{pipeline of diffusers: family}: StableDiffusion, and the FAMILY of each file in backbones/."""
+    files = sorted(file for file in (HERE / "backbones").glob("*.py") if not file.name.startswith("test_"))
+    return {family.pipeline: family for family in [StableDiffusion, *(import_file(f).FAMILY for f in files)]}
 
 
 def inspect_model(model, height=None, width=None):
@@ -868,22 +925,23 @@ def inspect_model(model, height=None, width=None):
     known family, and for a size that it can't make.
     """
     folder = Path(fetch({model: CONFIGS})[model])
-    with explained(f"{model} is no model that can be tuned here"):
+    with explained(f"{model} is no model that can be tuned here", HERE / "backbones"):
         name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        if name not in FAMILIES:
-            raise ValueError(f"it is a {name}; supported are {', '.join(FAMILIES)}")
-        family = FAMILIES[name]
+        families = find_families()
+        if name not in families:
+            raise ValueError(f"it is a {name}; supported are {', '.join(families)}")
+        family = families[name]
         network, vae = (json.loads((folder / part / "config.json").read_text())
                         for part in (family.network_name, "vae"))
-        for config, expected in (network, family.network_class), (vae, "AutoencoderKL"):
+        for config, expected in (network, family.network_class), (vae, family.vae_class):
             if config["_class_name"] != expected:
                 raise ValueError(f"it has a {config['_class_name']} where a {expected} should be")
-        size, factor = network["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
-        rows, columns = size if isinstance(size, list) else (size, size)
+        (channels, rows, columns), factor = family.geometry(network, vae)
         height, width = height or factor * rows, width or factor * columns
-        if height % factor or width % factor:
-            raise ValueError(f"--height {height} and --width {width} must be multiples of {factor} for it")
-    return family, (network["in_channels"], height // factor, width // factor), height, width
+        multiple = factor * family.patch_size
+        if height % multiple or width % multiple:
+            raise ValueError(f"--height {height} and --width {width} must be multiples of {multiple} for it")
+    return family, (channels, height // factor, width // factor), height, width
 
 
 def load_model(model, sampling_steps=None, guidance_scale=None, height=None, width=None, dtype=torch.float32,
@@ -895,12 +953,14 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
     import diffusers
     import transformers
     family, latent_shape, _, _ = inspect_model(model, height, width)
-    folder, parts = fetch({model: family.files()})[model], {}
+    folder, parts = fetch({model: family.files()})[model], dict.fromkeys(family.may_be_null)
     index = json.loads(Path(folder, "model_index.json").read_text())
     tokenizers = family.tokenizer_names()
     for part in ("scheduler", *tokenizers, *family.encoder_names, "vae", family.network_name):
         with explained(f"{model}: its {part} doesn't load"):
             library, name = index[part]
+            if part in parts and name is None:
+                continue
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
             if part == "scheduler":
                 parts[part] = kind.from_pretrained(folder, subfolder=part)
@@ -908,7 +968,8 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
                 parts[part] = load_tokenizer(kind, folder, subfolder=part)
             else:
                 parts[part] = load_complete(kind, folder, dtype, subfolder=part).to(device)
-    pipe = getattr(diffusers, family.pipeline)(**parts, **family.pipeline_options)
+    switches = {name: value for name, value in index.items() if isinstance(value, bool)}
+    pipe = getattr(diffusers, family.pipeline)(**parts, **switches | family.pipeline_options)
     guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
     return family(pipe, sampling_steps or family.sampling_steps, guidance_scale, latent_shape, device)
 
@@ -1583,7 +1644,8 @@ TINY = dict(model=str(HERE / "tiny/stable-diffusion"), models=str(HERE / "tiny")
 def add_common_flags(parser):
     """The flags of all methods, also of related/. The paper is RSA-FT's, as far as public summaries tell."""
     parser.flags("model, reward, prompts", [
-        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id", FOLDER),
+        ("--model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a diffusers folder or a hub id: Stable "
+         "Diffusion 1 or 2, SDXL, SD3, SD3.5, FLUX.1, FLUX.2 klein, Z-Image", FOLDER),
         ("--models", None, "a folder with a folder per reward, to load them from instead of the hub", FOLDER),
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
         ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "

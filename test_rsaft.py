@@ -2030,7 +2030,7 @@ OWN = {"none.py": "x = 1\n", "broken.py": "import nothing_of_that_name\n", "synt
        "names.py": returning("images.mean((1, 2, 3))") + "\n\nreward = s1 = pickscore = f\n",
        "leaves.py": "import sys\nsys.exit('enough')\n"}
 
-MODELS = {"sdxl": dict(file="model_index.json", _class_name="StableDiffusionXLPipeline"),
+MODELS = {"inpaint": dict(file="model_index.json", _class_name="StableDiffusionInpaintPipeline"),
           "foreign": dict(file="model_index.json", unet=["subprocess", "Popen"]),
           "unconditional": dict(file="unet/config.json", _class_name="UNet2DModel"),
           "sample": dict(file=SCHEDULER, prediction_type="sample"),
@@ -2077,7 +2077,7 @@ BAD = [
     (["--out", "empty.txt/out"], "empty.txt"),
     (["--sam-rollout", "half"], "--sam-rollout"), (["--eval-images", "0"], "--eval-images"),
     (["--seed", "1.5"], "--seed"), (["--dtype", "float16"], "--dtype"), (["--resume"], "--resume"),
-    (["--model", "sdxl"], "StableDiffusionXLPipeline"), (["--model", "unconditional"], "UNet2DModel"),
+    (["--model", "inpaint"], "InpaintPipeline; supported are"), (["--model", "unconditional"], "UNet2DModel"),
     (["--model", "foreign"], "its unet doesn't load.*subprocess"),
     (["--rank", "100000"], "rank 100000 is above 32"),
     (["--model", "sample"], "prediction_type"), (["--model", "clipped"], "clip"),

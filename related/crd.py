@@ -23,6 +23,7 @@ Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's
     python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
 """
 import functools
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -33,7 +34,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from gdro import check_alone, forward_process, holding, squared_error, update_average
+from gdro import (check_alone, forward_process, holding, noise_levels, own_scale, squared_error,
+                  update_average)
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, named_generator
 
 
@@ -122,8 +124,7 @@ def train(settings):
     """Epochs of draw, score and regress. Raises UserError, then RunStopped."""
     settings, n = check(settings), settings.group_size
     model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False)
-    scheduler, groups = model.pipe.scheduler, settings.batch_size // n
-    alphas, prediction_type = scheduler.alphas_cumprod.sqrt().tolist(), scheduler.config.prediction_type
+    groups, (levels, prediction_type) = settings.batch_size // n, noise_levels(model)
     sampling_plan = rsaft.Plan((False,) * len(model.steps))
     params = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
     reference = [p.detach().clone() for p in params]           # B is 0 there, so it is the frozen model
@@ -143,7 +144,7 @@ def train(settings):
         scored = [scores.total(images, prompts) for images, prompts in pictures]
         rewards.copy_(torch.cat(scored).view_as(rewards))
 
-    free = 1 + (settings.kl > 0) * (1 + (settings.anchor_scale > 1))
+    free = 1 + (settings.kl > 0) * model.branches_at(settings.anchor_scale)
     drawing = settings.batch_size * settings.sampling_steps * model.branches
     print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes "
           f"{settings.batch_size * free} network evaluations without gradient, {settings.batch_size} with; "
@@ -162,10 +163,10 @@ def train(settings):
             for number, (prompt, x0, R) in enumerate(zip(chosen, latents, advantages)):
                 rng = named_generator(settings.seed, step, number, "regression")
                 # One t for the group, of the noisiest 99 percent.
-                t = rsaft.draw(rng, len(alphas) // 100, len(alphas) - 1)
+                t, alpha, sigma = levels[rsaft.draw(rng, math.ceil(len(levels) / 100), len(levels) - 1)]
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
-                x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
-                denoise = model.denoiser([prompt] * n, guidance_scale=1)
+                x, y = forward_process(x0, noise, alpha, sigma, prediction_type)
+                denoise = model.denoiser([prompt] * n, own_scale(model))
                 with torch.no_grad(), holding(params, old):
                     f_old = denoise(x, t)
                 if settings.kl > 0:    # before the pass whose graph is kept, as it moves the weights

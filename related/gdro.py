@@ -55,6 +55,25 @@ def forward_process(x0, noise, alpha, sigma, prediction_type):
     return alpha * x0 + sigma * noise, p * x0 + q * noise
 
 
+def noise_levels(model):
+    """What a picture can be noised to, a list of (t, alpha, sigma), the least noisy first; prediction_type.
+
+    model: an rsaft.Backbone. They are all of the scheduler's timesteps; with flow matching the sampler's own
+    steps, as it shifts them.
+    """
+    scheduler = model.pipe.scheduler
+    if hasattr(scheduler, "alphas_cumprod"):
+        alphas = scheduler.alphas_cumprod.sqrt().tolist()
+        levels = [(t, alpha, (1 - alpha ** 2) ** 0.5) for t, alpha in enumerate(alphas)]
+        return levels, scheduler.config.prediction_type
+    return [(step.t, step.alpha, step.sigma) for step in reversed(model.steps)], "flow"
+
+
+def own_scale(model):
+    """The guidance at which a network is regressed: none, or the run's where guidance is its input."""
+    return model.guidance_scale if model.guidance_is_input else 1
+
+
 def squared_error(f, y):
     """|y - f|^2 of each picture, (B, C, h, w) to (B,): a mean over elements, in units of y squared."""
     return (y - f).square().flatten(1).mean(1)
@@ -202,7 +221,7 @@ def read_pictures(settings, model, folder, lines):
                                      f"{width}x{height}")
                 with torch.no_grad():
                     encoded = vae.encode((pixels.to(model.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mean
-                latents = (encoded[0] * vae.config.scaling_factor).float().cpu()
+                latents = model.from_vae(encoded.float())[0].cpu()
             if latents.shape != model.latent_shape or not math.isfinite(line["reward"]):
                 raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward "
                                  f"{line['reward']}")
@@ -257,8 +276,8 @@ def train(settings):
     if settings.draw:
         print(f"pictures, latents and {LINES} are in {folder}")
         return
-    groups, scheduler = read_pictures(settings, model, folder, lines), model.pipe.scheduler
-    alphas, prediction_type = scheduler.alphas_cumprod.sqrt().tolist(), scheduler.config.prediction_type
+    groups = read_pictures(settings, model, folder, lines)
+    levels, prediction_type = noise_levels(model)
     # The network's own adapter is the average: it is evaluated and saved. What is trained are copies of its
     # tensors, put into the network for the time of a gradient. With B at 0 it is the reference.
     average = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
@@ -278,10 +297,11 @@ def train(settings):
                 rng = named_generator(settings.seed, step, number, "group")
                 chosen = torch.randperm(len(groups[prompt][1]), generator=rng)[:k]
                 x0, r = (tensor[chosen].to(model.device) for tensor in groups[prompt])
-                t = rsaft.draw(rng, 0, len(alphas) - 1)    # one for the group: so like is compared with like
+                # One t for the group: so like is compared with like.
+                t, alpha, sigma = levels[rsaft.draw(rng, 0, len(levels) - 1)]
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
-                x, y = forward_process(x0, noise, alphas[t], (1 - alphas[t] ** 2) ** 0.5, prediction_type)
-                denoise = model.denoiser([prompt] * k, guidance_scale=1)
+                x, y = forward_process(x0, noise, alpha, sigma, prediction_type)
+                denoise = model.denoiser([prompt] * k, own_scale(model))
                 with torch.no_grad(), holding(average, reference):
                     error_ref = squared_error(denoise(x, t), y)
                 with holding(average, params):

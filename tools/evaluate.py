@@ -113,19 +113,15 @@ def make_settings(given, files):
     return settings
 
 
-def load_pipe(settings):
-    """The base model, as users load it: a StableDiffusionPipeline that samples by DDIM. Raises UserError."""
+def load_model(settings):
+    """The base model, an rsaft.Backbone; its `pipe` is diffusers' own, with its sampler. Raises UserError."""
     rsaft.quiet_libraries()
     import diffusers
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)    # it also logs the errors that it raises
-    with explained(f"{settings.model} doesn't load"):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            rsaft.fetch({settings.model: rsaft.StableDiffusion.files()})[settings.model],
-            **rsaft.StableDiffusion.pipeline_options)
-    config = pipe.scheduler.config
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(settings.device)
+    model = rsaft.load_model(settings.model, settings.sampling_steps, settings.guidance_scale,
+                             settings.height, settings.width, device=settings.device)
+    model.pipe.set_progress_bar_config(disable=True)
+    return model
 
 
 @contextlib.contextmanager
@@ -141,7 +137,7 @@ def adapted(pipe, file):
         names = [name for name in content.keys() if not name.endswith(".alpha")]    # alphas arrive as scales
     with explained(f"{file} doesn't fit the model"):
         pipe.load_lora_weights(str(file), adapter_name="judged")
-        parts = [part for part in (pipe.unet, pipe.text_encoder) if hasattr(part, "peft_config")]
+        parts = [part for part in pipe.components.values() if hasattr(part, "peft_config")]
         arrived = sum(len(get_peft_model_state_dict(part, adapter_name="judged")) for part in parts)
         if arrived == 0 or arrived != len(names):
             raise ValueError(f"its {len(names)} tensors, {', '.join(names[:1])} ..., arrived as {arrived}")
@@ -152,14 +148,14 @@ def adapted(pipe, file):
 
 
 @torch.no_grad()
-def sample(pipe, settings, prompts, latents, rewards, bar):
+def sample(model, settings, prompts, latents, rewards, bar):
     """Make and score the pictures. Returns the `scores` and `pictures` of a Row."""
     scores, pictures, size = {name: [] for name in rewards}, [], settings.sampling_batch_size
     for i in range(0, len(prompts), size):
         asked, noise = prompts[i:i + size], latents[i:i + size].to(settings.device)
-        images = pipe(asked, latents=noise, num_inference_steps=settings.sampling_steps, output_type="pt",
-                      guidance_scale=settings.guidance_scale, height=settings.height,
-                      width=settings.width).images
+        how = model.pipeline_arguments(noise, settings.guidance_scale)
+        images = model.pipe(prompt=asked, num_inference_steps=settings.sampling_steps, height=settings.height,
+                            width=settings.width, output_type="pt", **how).images
         for name, reward in rewards.items():
             scores[name].append(reward(images, asked).cpu().double())
         pictures.append(images[:max(0, COLUMNS - i)].cpu())
@@ -176,8 +172,8 @@ def evaluate(given):
     from tqdm import tqdm
     prompts = rsaft.read_prompts(settings.eval_prompts or settings.prompts)
     prompts = [prompts[i % len(prompts)] for i in range(settings.eval_images)]
-    shape = rsaft.inspect_model(settings.model, settings.height, settings.width)[1]
-    latents, pipe = rsaft.evaluation_latents(len(prompts), shape), load_pipe(settings)
+    model = load_model(settings)
+    latents, pipe = rsaft.evaluation_latents(len(prompts), model.latent_shape), model.pipe
     for file in files:      # before any picture is made, so that what is wrong shows soon
         with adapted(pipe, file):
             pass
@@ -185,7 +181,7 @@ def evaluate(given):
                for name in settings.eval_reward}
     total = (1 + len(files) * len(settings.lora_scale)) * len(prompts)
     with tqdm(total=total, unit="picture") as bar:
-        judge = partial(sample, pipe, settings, prompts, latents, rewards, bar)
+        judge = partial(sample, model, settings, prompts, latents, rewards, bar)
         rows = [Row("base model", "base model", 0.0, *judge())]
         for adapter, file in zip(given.adapters, files):
             with adapted(pipe, file):

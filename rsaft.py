@@ -805,6 +805,7 @@ class Backbone:
         return [*CONFIGS, *(f"{part}/*" for part in small),
                 *(f"{part}/{pattern}" for part in large for pattern in WEIGHTS)]
 
+    @classmethod
     def geometry(cls, network, vae):
         """From their configs: the default latents' shape, (C, h, w), and the pixels to a latent's side."""
         size, channels = network["sample_size"], network["in_channels"]

@@ -2,6 +2,7 @@
 
 `pytest backbones`. Needs peft, as the adapters are loaded into plain diffusers.
 """
+import fnmatch
 import json
 import os
 import re
@@ -306,6 +307,19 @@ def watched(function, calls):
         calls.append(function)
         return function(*args, **kwargs)
     return call
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_fetched_from_a_hub_is_what_loads(folders, name, tmp_path):
+    patterns = rsaft.find_families()[json.loads((folders[name] / "model_index.json").read_text())
+                                     ["_class_name"]].files()
+    for path in folders[name].rglob("*.*"):
+        file = path.relative_to(folders[name])
+        if any(fnmatch.fnmatch(str(file), pattern) for pattern in patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).hardlink_to(path)
+    with torch.no_grad():
+        assert torch.equal(*(sample(load(folder, guidance_scale=1.0)) for folder in (tmp_path, folders[name])))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -123,9 +123,9 @@ def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
     config, kind = scheduler.config, type(scheduler).__name__
     if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
         raise ValueError(f"{kind} is no FlowMatchEulerDiscreteScheduler, or is set to add noise or invert")
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    if mu is None:
-        mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    if config.use_dynamic_shifting and mu is None:
+        low, high = config.base_image_seq_len, config.max_image_seq_len
+        mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - low) / (high - low)
     sigmas = [1 - i / sampling_steps for i in range(sampling_steps)] if even else None
     scheduler.set_timesteps(sampling_steps, sigmas=sigmas, mu=mu)
     levels = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), scheduler.sigmas.diff().tolist())

@@ -484,6 +484,13 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
         assert {*given} == ({1.0, 4.5} if module is crd else {3.5})
 
 
+def test_a_guided_anchor_of_a_distilled_model_is_refused_before_anything_is_written(folders, tmp_path, capsys):
+    out, more = tmp_path / "out", ["--reward", "judge", "--group-size", "2", "--train-steps", "1"]
+    assert crd.main(flags(folders["schnell"], out, *more)) == 2
+    assert "must be 1, not 4.5 (--guidance-scale, and --anchor-scale of CRD)" in capsys.readouterr().err
+    assert not out.exists() and crd.main(flags(folders["schnell"], out, *more, "--anchor-scale", "1")) == 0
+
+
 @every_family
 def test_latents_go_to_the_vae_and_back(model):
     latents = torch.randn(2, *model.latent_shape)

@@ -144,7 +144,7 @@ def train(settings):
         scored = [scores.total(images, prompts) for images, prompts in pictures]
         rewards.copy_(torch.cat(scored).view_as(rewards))
 
-    free = 1 + (settings.kl > 0) * model.branches_at(settings.anchor_scale)
+    free = 1 + (model.branches_at(settings.anchor_scale) if settings.kl > 0 else 0)
     drawing = settings.batch_size * settings.sampling_steps * model.branches
     print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes "
           f"{settings.batch_size * free} network evaluations without gradient, {settings.batch_size} with; "

@@ -1,12 +1,16 @@
-"""Make every model of the small world: `python tiny/build.py`, under 30 minutes on two CPU cores.
+"""Make every model of the small world: `python tiny/build.py`, about half an hour on two CPU cores.
 
 Parts that are there already are kept, so a stopped build goes on with the part it was in; delete a folder to make
 it anew. Each part has its own seed. At the end, or at once when nothing is missing, all models are measured.
 
-    pickscore/         CLIPModel, the proxy reward: accurate and brittle (no augmentation)
-    judge/             CLIPModel, held out: another seed, and trained under noise, blur and contrast
-    stable-diffusion/  StableDiffusionPipeline: CLIPTokenizer, CLIPTextModel, UNet2DConditionModel, AutoencoderKL
+    pickscore/           CLIPModel, the proxy reward: accurate and brittle (no augmentation)
+    judge/               CLIPModel, held out: another seed, and trained under noise, blur and contrast
+    stable-diffusion/    StableDiffusionPipeline: CLIPTokenizer, CLIPTextModel, UNet2DConditionModel,
+                         AutoencoderKL
+    stable-diffusion-3/  StableDiffusion3Pipeline, flow matching: two CLIPTextModelWithProjection, no T5,
+                         SD3Transformer2DModel, and the autoencoder of stable-diffusion/
 """
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +19,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
+                          CLIPTokenizer)
 
 transformers.logging.set_verbosity_error()        # before diffusers, which would have it warn about torchvision
 transformers.logging.disable_progress_bar()
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel)
 
 diffusers.logging.disable_progress_bar()
 
@@ -31,12 +37,18 @@ TOKENS = 16                                       # length of a padded prompt
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's normalisation
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 UNET_STEPS, UNET_STOP = 3000, 1300                # stopped early on purpose: a base model that leaves room to improve
+FLOW_STEPS, FLOW_STOP = 4000, 1850                # the same for the flow model
 
 
-def train(name, parameters, steps, peak, loss, stop=None, after=None):
-    """AdamW under a one-cycle schedule of `steps` steps, ended after `stop`; `loss(step)` returns a scalar tensor."""
+def train(name, parameters, steps, peak, loss, stop=None, average=0.0):
+    """AdamW under a one-cycle schedule of `steps` steps, ended after `stop`.
+
+    loss: a function of the step's number that returns a scalar tensor.
+    average: the rate of a moving average of the parameters, which takes their place at the end; 0: none.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+    means = [p.detach().clone() for p in parameters] if average else []
     progress = tqdm(range(stop or steps), desc=name, file=sys.stdout, mininterval=5)
     for step in progress:
         value = loss(step)
@@ -45,10 +57,13 @@ def train(name, parameters, steps, peak, loss, stop=None, after=None):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if after:
-            after()
+        if average:
+            torch._foreach_lerp_(means, [p.detach() for p in parameters], average)
         if step % 50 == 0:
             progress.set_postfix(loss=f"{value.item():.4f}")
+    with torch.no_grad():
+        for p, mean in zip(parameters, means):
+            p.copy_(mean)
 
 
 def tokenizer():
@@ -71,9 +86,9 @@ def tokens(tokenizer, prompts):
     return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-def text_config(tokenizer):
+def text_config(tokenizer, width=64):
     # eos_token_id must be the real one: CLIPTextModel pools at its first occurrence (the value 2 means an older rule).
-    return dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+    return dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
                 num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="gelu",
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
@@ -142,12 +157,29 @@ def build_vae(folder):
     vae.save_pretrained(folder)
 
 
+def load_vae(folder):
+    vae = AutoencoderKL.from_pretrained(folder).eval()
+    vae.register_to_config(_name_or_path="vae")                # else this machine's path would be saved
+    return vae
+
+
+def encode_pictures(vae, generator):
+    """The data set of a diffusion model: 200 pictures of each caption, encoded, not yet scaled.
+
+    Returns the captions, (14400,) indices, and the latents, (14400, 4, 8, 8).
+    """
+    captions = torch.arange(len(CAPTIONS)).repeat(200)
+    with torch.no_grad():
+        parts = tqdm(captions.split(288), desc="encode", file=sys.stdout, mininterval=5)
+        return captions, torch.cat([vae.encode(2 * sample(part, generator) - 1).latent_dist.mode()
+                                    for part in parts])
+
+
 def build_unet(folder, vae_folder, stop=UNET_STOP):
     """UNet and text encoder, trained together to predict the noise; the saved weights are a moving average."""
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(3)
-    words, vae = tokenizer(), AutoencoderKL.from_pretrained(vae_folder).eval()
-    vae.register_to_config(_name_or_path="vae")                        # else this machine's path would be saved
+    words, vae = tokenizer(), load_vae(vae_folder)
     text = CLIPTextModel(CLIPTextConfig(**text_config(words), projection_dim=64))
     unet = UNet2DConditionModel(sample_size=SIZE // 4, block_out_channels=(32, 64), layers_per_block=1,
                                 cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
@@ -155,14 +187,10 @@ def build_unet(folder, vae_folder, stop=UNET_STOP):
                                 up_block_types=("CrossAttnUpBlock2D",) * 2)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
-    captions = torch.arange(len(CAPTIONS)).repeat(200)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * sample(part, generator) - 1).latent_dist.mode()
-                             for part in tqdm(captions.split(288), desc="encode", file=sys.stdout, mininterval=5)])
+    captions, latents = encode_pictures(vae, generator)
     latents = latents * vae.config.scaling_factor
     ids, empty = tokens(words, CAPTIONS), tokens(words, [""])
     parameters = list(unet.parameters()) + list(text.parameters())
-    average = [p.detach().clone() for p in parameters]
 
     def loss(step):
         pick = torch.randint(len(latents), (48,), generator=generator)
@@ -172,16 +200,85 @@ def build_unet(folder, vae_folder, stop=UNET_STOP):
         embeds = text(torch.where(drop, empty, ids[captions[pick]])).last_hidden_state
         return F.mse_loss(unet(scheduler.add_noise(x, noise, t), t, embeds).sample, noise)
 
-    def after():
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
-
-    train("unet", parameters, UNET_STEPS, 2.5e-3, loss, stop, after)
-    with torch.no_grad():
-        for p, mean in zip(parameters, average):
-            p.copy_(mean)
+    train("unet", parameters, UNET_STEPS, 2.5e-3, loss, stop, average=0.01)
     StableDiffusionPipeline(vae=vae, text_encoder=text.eval(), tokenizer=words, unet=unet.eval(), scheduler=scheduler,
                             safety_checker=None, feature_extractor=None,
                             requires_safety_checker=False).save_pretrained(folder)
+
+
+class CountedAttention:
+    """SD3's joint attention in which the last text token stands for `count` equal ones.
+
+    Text tokens have no positions, so equal ones stay equal from block to block; a softmax that counts one of
+    them `count` times gives what diffusers' JointAttnProcessor2_0 gives for all.
+    """
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None):
+        def heads(x):
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        image, text = hidden_states, encoder_hidden_states
+        query = [attn.norm_q(heads(attn.to_q(image))), attn.norm_added_q(heads(attn.add_q_proj(text)))]
+        key = [attn.norm_k(heads(attn.to_k(image))), attn.norm_added_k(heads(attn.add_k_proj(text)))]
+        value = [heads(attn.to_v(image)), heads(attn.add_v_proj(text))]
+        query, key, value = (torch.cat(parts, dim=2) for parts in (query, key, value))
+        bias = torch.zeros(1, key.shape[2])
+        bias[0, -1] = math.log(self.count)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        image, text = mixed.split([image.shape[1], text.shape[1]], dim=1)
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def build_flow(folder, vae_folder, stop=FLOW_STOP):
+    """SD3Transformer2DModel and both text encoders, trained together to predict the velocity noise - x.
+
+    The text is what the pipeline's own encode_prompt gives: the tokens of both encoders side by side, then 256
+    of zeros, for T5. Those would be nine tenths of the cost, so in training one of them counts for all.
+    """
+    torch.manual_seed(4)
+    generator = torch.Generator().manual_seed(4)
+    words, vae = tokenizer(), load_vae(vae_folder)
+    # The second encoder is there because the pipeline wants two, so it is the smaller.
+    texts = [CLIPTextModelWithProjection(CLIPTextConfig(**text_config(words, width), projection_dim=width))
+             for width in (64, 32)]
+    transformer = SD3Transformer2DModel(sample_size=SIZE // 4, patch_size=2, in_channels=4, out_channels=4,
+                                        num_layers=3, num_attention_heads=5, attention_head_dim=16,
+                                        caption_projection_dim=80, joint_attention_dim=64 + 32,
+                                        pooled_projection_dim=64 + 32, qk_norm="rms_norm",
+                                        pos_embed_max_size=SIZE // 4)  # room for pictures of twice the size
+    captions, latents = encode_pictures(vae, generator)
+    vae.register_to_config(shift_factor=latents.mean().item())         # SD3's pipeline can't do without one
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    pipe = StableDiffusion3Pipeline(vae=vae, text_encoder=texts[0], tokenizer=words, text_encoder_2=texts[1],
+                                    tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
+                                    transformer=transformer,
+                                    scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    parameters = [p for model in (transformer, *texts) for p in model.parameters()]
+
+    def velocity(x, sigma, prompts, **length):
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
+                                                  **length)
+        return transformer(x, embeds, pooled, 1000 * sigma).sample
+
+    def loss(step):
+        pick = torch.randint(len(latents), (48,), generator=generator)
+        x, noise = latents[pick], torch.randn(48, *latents.shape[1:], generator=generator)
+        sigma = torch.randn(48, generator=generator).sigmoid()     # logit-normal, as SD3: less of both ends
+        drop = torch.rand(48, generator=generator) < 0.1           # for classifier-free guidance
+        prompts = ["" if dropped else CAPTIONS[i] for i, dropped in zip(captions[pick], drop)]
+        noisy = torch.lerp(x, noise, sigma[:, None, None, None])
+        return F.mse_loss(velocity(noisy, sigma, prompts, max_sequence_length=1), noise - x)
+
+    probe = latents[:8], torch.linspace(0, 1, 8), [*CAPTIONS[:7], ""]
+    with torch.no_grad():
+        all_zeros = velocity(*probe)                                   # as the pipeline samples
+        transformer.set_attn_processor(CountedAttention(256))          # not saved: it is no weight
+        torch.testing.assert_close(velocity(*probe, max_sequence_length=1), all_zeros, atol=1e-5, rtol=1e-5)
+    train("flow", parameters, FLOW_STEPS, 4e-3, loss, stop, average=0.01)
+    pipe.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -191,15 +288,23 @@ def measure(root=HERE):
     captions = torch.arange(len(CAPTIONS)).repeat(4)
     prompts, words = [CAPTIONS[i] for i in captions], tokenizer()
     pipe = StableDiffusionPipeline.from_pretrained(root / "stable-diffusion", safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
+    # Without the two Nones diffusers refuses a folder that has no T5.
+    flow = StableDiffusion3Pipeline.from_pretrained(root / "stable-diffusion-3", text_encoder_3=None,
+                                                    tokenizer_3=None)
+
+    def draw(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(prompts, num_inference_steps=10, guidance_scale=3.0, height=SIZE, width=SIZE,
+                    output_type="pt", generator=generator).images
+
     real = sample(captions, generator)
     code = pipe.vae.encode(2 * real - 1).latent_dist.mode()
     decoded = (pipe.vae.decode(code).sample / 2 + 0.5).clamp(0, 1)
-    base = pipe(prompts, num_inference_steps=10, guidance_scale=3.0, height=SIZE, width=SIZE, output_type="pt",
-                generator=generator).images
+    base = draw(pipe)
     noisy = (real + 0.1 * torch.randn(real.shape, generator=generator)).clamp(0, 1)
     print(f"autoencoder: {-10 * F.mse_loss(decoded, real).log10():.1f} dB")
-    for name, images in {"real": real, "real + noise 0.1": noisy, "autoencoded": decoded, "base model": base}.items():
+    for name, images in {"real": real, "real + noise 0.1": noisy, "autoencoded": decoded, "base model": base,
+                         "flow model": draw(flow)}.items():
         verdict = oracle(images, prompts)
         row = [f"oracle rmse {verdict['rmse'].mean():.3f} accuracy {verdict['accuracy'].mean():.2f}"]
         for model in "pickscore", "judge":
@@ -214,7 +319,8 @@ def main():
     vae = HERE / "stable-diffusion.vae"           # kept apart until the pipeline is whole
     parts = {HERE / "pickscore": lambda f: build_clip(f, "pickscore", seed=0, steps=2000),
              HERE / "judge": lambda f: build_clip(f, "judge", seed=1, steps=2000, augmented=True),
-             HERE / "stable-diffusion": lambda f: build_unet(f, vae)}
+             HERE / "stable-diffusion": lambda f: build_unet(f, vae),
+             HERE / "stable-diffusion-3": lambda f: build_flow(f, HERE / "stable-diffusion" / "vae")}
     if not (HERE / "stable-diffusion").exists():
         parts = {vae: build_vae, **parts}
     for folder, build in parts.items():

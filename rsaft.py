@@ -16,7 +16,7 @@ RSA-FT follows the gradient of a flattened reward instead, that at the worst nea
     max_theta  E_{c, xT} [ r( x0(xT, c; theta + e) + d, c ) ]                           (Eq. 19)
 
 Without the two flags it is plain reward fine-tuning. Despite its flag's name d is no random noise. Try it on
-any laptop, with the small trained models of tiny/, then on Stable Diffusion 1.5:
+any laptop (Linux or macOS), with the small trained models of tiny/, then on Stable Diffusion 1.5:
 
     python rsaft.py --tiny --reward pickscore --sam --noise
     python rsaft.py --reward pickscore --sam --noise
@@ -116,9 +116,10 @@ def ddim_steps(scheduler, sampling_steps):
 def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
     """Euler's update of flow matching (arXiv 2210.02747) as numbers: a list of Step, with alpha = 1 - sigma.
 
-    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: of a picture, by whose number it shifts
-    the sigmas if it does so at all; mu: that shift, instead; even: begin with 1, 1 - 1/T, ... 1/T, not with
-    its own sigmas. The network answers with f = noise - x0. Raises ValueError for another scheduler.
+    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: how many a picture has, which sets the
+    shift of the sigmas where the scheduler's is dynamic; mu: that shift, given outright; even: before it, the
+    sigmas are 1, 1 - 1/T, ... 1/T and not the scheduler's own. The network answers with f = noise - x0.
+    Raises ValueError for another scheduler.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
@@ -566,7 +567,7 @@ def train(settings):
 
 
 def network_evaluations(plan, branches=2, second_rollout=False, reuse_starts=False):
-    """The UNet evaluations that a picture costs: (without gradient, with gradient).
+    """The network evaluations that a picture costs: (without gradient, with gradient).
 
     branches: evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient, the
     first at index w, and n renoised pictures: branches (S - K) and branches (K + n). A second rollout costs
@@ -601,7 +602,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """The run ended early, what it had is saved, and the same command may work again. Exit code 1."""
+    """What there was is saved, and the same command may work again. Exit code 1."""
 
 
 def in_words(error):
@@ -618,7 +619,8 @@ def is_out_of_memory(error):
 def explained(problem, folder=None):
     """Inside the with block any other exception becomes a UserError, one line: the problem and its cause.
 
-    folder: of a reward's file; the line then names the place in there that the exception came from.
+    folder: of a file in rewards/ or backbones/, or of your own; the line then names the place in there that
+    the exception came from.
     """
     try:
         yield
@@ -626,7 +628,8 @@ def explained(problem, folder=None):
         if isinstance(error, (UserError, RunStopped)) or is_out_of_memory(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if folder and Path(frame.filename).resolve().parent == folder]
+        own = [frame for frame in frames if folder and frame.filename[0] != "<"    # <frozen importlib...>
+               and Path(frame.filename).resolve().parent == folder]
         if own:
             problem += f" at {Path(own[-1].filename).name}:{own[-1].lineno} (RSAFT_TRACEBACK=1 shows all)"
         raise UserError(f"{problem}: {in_words(error)}") from error
@@ -689,10 +692,11 @@ def fetch(wanted):
     """Folders to load from, {model: folder}. wanted: {a folder or an id on the hub: name patterns of files}.
 
     What the hub's cache has whole is taken as it is, and the hub isn't asked: what ran once runs without a
-    network. The rest is announced and downloaded. Raises UserError, RunStopped if the hub may answer later.
+    network. The rest is downloaded, announced if it is large. Raises UserError; RunStopped if the hub may
+    answer later.
     """
     from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError
     from safetensors import safe_open
     from tqdm import tqdm
 
@@ -706,26 +710,27 @@ def fetch(wanted):
             folders[model] = model
             continue
         download = partial(snapshot_download, model, allow_patterns=patterns, tqdm_class=Silent)
-        with contextlib.suppress(CachedRepoTreeNotFoundError, LocalEntryNotFoundError, ValueError):
-            get_cached_repo_tree(model)    # raises where the cache can't know what it lacks
+        try:
+            get_cached_repo_tree(model)    # raises where no list of its files is cached: whole can't be told
             folders[model] = download(local_files_only=True)
             continue
-        downloads[model] = download
+        except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
+            downloads[model] = download
         files = ask_hub(model, partial(download, dry_run=True))
         new += [(model, file) for file in files if file.will_download]
     large = [(model, file) for model, file in new if (file.file_size or 0) > 1e6]
     if large:
         size = sum(file.file_size for _, file in large) / 1e9
-        say(f"fetching {size:.2f} GB, from the hub: {', '.join(downloads)}")
-    for model, file in large:              # these with a bar each
+        say(f"fetching {size:.2f} GB from the hub: {', '.join(downloads)}")
+    for model, file in large:              # with a bar for each; the small ones follow
         ask_hub(model, partial(hf_hub_download, model, file.filename, revision=file.commit_hash,
                                tqdm_class=Silent if process_index() > 0 else None))
     for model, download in downloads.items():
         folders[model] = ask_hub(model, download)
     for model, patterns in wanted.items():
         for path in sorted({path for pattern in patterns for path in Path(folders[model]).glob(pattern)}):
-            # The libraries don't say which file it is. In the cache names are links: the file must go.
-            with explained(f"{path.resolve()} is damaged or cut short; delete it and get it again"):
+            # The libraries wouldn't say which it is. In the cache names are links: the file itself must go.
+            with explained(f"{path.resolve()} can't be read; was it cut short, delete it and get it again"):
                 if path.suffix == ".json":
                     json.loads(path.read_text(encoding="utf-8"))
                 elif path.suffix == ".safetensors":
@@ -736,33 +741,41 @@ def fetch(wanted):
 
 def ask_hub(model, question):
     """What question() learns of a model from the hub; it has a second try. Raises UserError, RunStopped."""
+    try:
+        return question()
+    except Exception as error:
+        stop, wait = hub_problem(model, error)
+        if not isinstance(stop, RunStopped):
+            raise stop from error
+        say(str(stop).replace("try again", f"once more in {wait} s").partition(",")[0])
+    time.sleep(wait)
+    try:
+        return question()
+    except Exception as error:
+        raise hub_problem(model, error)[0] from error
+
+
+def hub_problem(model, error):
+    """In one line what the hub's exception means for a user, as an exception, and the seconds to wait."""
     from huggingface_hub import errors
-    final = {
+    causes = [error]
+    while causes[-1].__cause__:
+        causes.append(causes[-1].__cause__)
+    final = {    # GatedRepoError first: it is a RepositoryNotFoundError too
         errors.GatedRepoError:
             f"is gated: ask for access, https://huggingface.co/{model}, then `hf auth login`",
         errors.RepositoryNotFoundError: "is no folder here and not on the hub; if private: `hf auth login`",
         errors.HFValidationError: "is no folder here, and can't be a name on the hub",
         errors.OfflineModeIsEnabled: "is no folder here, nor whole in the hub's cache; HF_HUB_OFFLINE is set"}
-    for trial in 1, 2:
-        try:
-            return question()
-        except Exception as error:
-            causes = [error]
-        while causes[-1].__cause__:
-            causes.append(causes[-1].__cause__)
-        for kind, why in final.items():
-            if any(isinstance(cause, kind) for cause in causes):
-                raise UserError(f"{model} {why}") from causes[0]
-        why, wait, stop = in_words(causes[-1]), 1, UserError
-        for cause in causes:
-            if getattr(cause, "response", None) is not None:
-                why, stop = f"status {cause.response.status_code}", RunStopped
-                wait = min(float(cause.response.headers.get("Retry-After", 1)), 10)
-        if trial == 1:
-            say(f"the hub: {why}; once more in {wait:g} s")
-            time.sleep(wait)
-    raise stop(f"{model} is no folder here, and can't be had from the hub: {why}; try again, or name local "
-               "folders (--model, --models), or try --tiny") from causes[0]
+    for kind, words in final.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return UserError(f"{model} {words}"), 0
+    response = next((cause.response for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    why = in_words(causes[-1]) if response is None else f"status {response.status_code}"
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    stop = RunStopped(f"{model} can't be had from the hub ({why}); try again, or name local folders (--model "
+                      "and --models), or try --tiny")
+    return stop, min(int(asked), 10) if asked.isdigit() else 1
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
@@ -815,8 +828,7 @@ class Backbone:
                              f"{vae['latent_channels']}; is it for inpainting?")
         return (channels, rows, columns), 2 ** (len(vae["block_out_channels"]) - 1)
 
-    @classmethod
-    def pipeline_arguments(cls, latents, guidance_scale):
+    def pipeline_arguments(self, latents, guidance_scale):
         """What, beside prompts, size and steps, the diffusers pipeline needs for the same pictures."""
         return {"latents": latents, "guidance_scale": guidance_scale}
 
@@ -927,12 +939,12 @@ def inspect_model(model, height=None, width=None):
     """
     folder = Path(fetch({model: CONFIGS})[model])
     with explained(f"{model} is no model that can be tuned here", HERE / "backbones"):
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         families = find_families()
         if name not in families:
             raise ValueError(f"it is a {name}; supported are {', '.join(families)}")
         family = families[name]
-        network, vae = (json.loads((folder / part / "config.json").read_text())
+        network, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
                         for part in (family.network_name, "vae"))
         for config, expected in (network, family.network_class), (vae, family.vae_class):
             if config["_class_name"] != expected:
@@ -955,12 +967,12 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
     import transformers
     family, latent_shape, _, _ = inspect_model(model, height, width)
     folder, parts = fetch({model: family.files()})[model], dict.fromkeys(family.may_be_null)
-    index = json.loads(Path(folder, "model_index.json").read_text())
+    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
     tokenizers = family.tokenizer_names()
     for part in ("scheduler", *tokenizers, *family.encoder_names, "vae", family.network_name):
         with explained(f"{model}: its {part} doesn't load"):
             library, name = index[part]
-            if part in parts and name is None:
+            if part in family.may_be_null and name is None:
                 continue
             kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
             if part == "scheduler":
@@ -970,7 +982,8 @@ def load_model(model, sampling_steps=None, guidance_scale=None, height=None, wid
             else:
                 parts[part] = load_complete(kind, folder, dtype, subfolder=part).to(device)
     switches = {name: value for name, value in index.items() if isinstance(value, bool)}
-    pipe = getattr(diffusers, family.pipeline)(**parts, **switches | family.pipeline_options)
+    with explained(f"{model}: the switches in its model_index.json don't fit"):
+        pipe = getattr(diffusers, family.pipeline)(**parts, **switches | family.pipeline_options)
     guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
     return family(pipe, sampling_steps or family.sampling_steps, guidance_scale, latent_shape, device)
 
@@ -1092,7 +1105,7 @@ def find_reward(name, models=None):
 
 
 def add_patterns(wanted, files):
-    """Add what `fetch` is to get for a reward with these FILES to `wanted`, a defaultdict(list)."""
+    """Add to `wanted`, a defaultdict(list), what `fetch` is to get for a reward with these FILES."""
     for file, source in files.items():
         wanted[source] += {"config.json": WEIGHTS, "tokenizer_config.json": TOKENIZER}.get(file, [file])
     return wanted
@@ -1130,15 +1143,15 @@ def make_reward(name, models=None, device="cpu"):
     return reward
 
 
-def try_reward(name, reward, prompts, settings):
-    """Score a random picture for each of `prompts`. Returns whether a finite gradient comes back."""
+def try_reward(name, reward, prompts, settings, backward):
+    """Score a random picture for each of `prompts`. Returns whether finite gradients came, asked `backward`."""
     shape, size, gradients = (1, 3, settings.height, settings.width), settings.micro_batch_size, []
     picture = torch.rand(shape, generator=named_generator("check")).to(settings.device)
     for i in range(0, len(prompts), size):
         few = prompts[i:i + size]
         images = picture.repeat(len(few), 1, 1, 1).requires_grad_()
         scores = reward(images, few)
-        if scores.requires_grad:
+        if backward and scores.requires_grad:
             with explained(f"the gradient of the reward {name} failed"):
                 gradients.append(torch.autograd.grad(scores.sum(), images, allow_unused=True)[0])
     return bool(gradients) and all(g is not None and g.isfinite().all() for g in gradients)
@@ -1394,15 +1407,17 @@ class Run:
     def record(self, reward, grad_norm, **values):
         """Log an update that the optimizer has made, and save. Raises UserError for one without gradient."""
         step = len(self.updates) + 1
-        if grad_norm == 0 or not all(map(math.isfinite, [reward, grad_norm, *values.values()])):
-            raise UserError(f"update {step} has a reward of {reward:g} and a gradient of norm {grad_norm:g}: "
-                            f"zero, or not finite; the last good adapter is in {self.out}")
+        values = {"reward": reward, **values, "grad_norm": grad_norm}
+        wrong = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
+        if grad_norm == 0 or wrong:
+            raise UserError(f"update {step} has {', '.join(wrong) or 'a gradient of zero'}; the last good "
+                            f"adapter is in {self.out}")
         counts = {name: count * process_count() for name, count in self.counts.items()}
         memory = {}
         if self.settings.device.startswith("cuda"):
             memory["peak_gb"] = torch.cuda.max_memory_allocated(self.settings.device) / 2 ** 30
-        self.updates.append({"step": step, "reward": reward, **values, "grad_norm": grad_norm, **counts,
-                             "seconds": time.perf_counter() - self.began, **memory})
+        self.updates.append({"step": step, **values, **counts, "seconds": time.perf_counter() - self.began,
+                             **memory})
         self.save()
         self.bar.set_postfix_str(f"reward={reward:.3f}", refresh=False)
         self.bar.update()
@@ -1549,20 +1564,22 @@ def load(settings, must_have_gradient=True, more_prompts=()):
     if "WORLD_SIZE" in os.environ and not distributed():
         if settings.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.distributed.init_process_group()
-    what = f"loading {', '.join(names)} and {settings.model}"
-    say(f"{settings.device} x {process_count()}, {settings.dtype}; {what}".replace(f"{HERE}{os.sep}", ""))
+        with explained("the processes can't be connected; start them with torchrun"):
+            torch.distributed.init_process_group()
+    say(f"{settings.device} x {process_count()}, {settings.dtype}; loading {', '.join(names)} and "
+        f"{settings.model}".replace(f"{HERE}{os.sep}", ""))
     if settings.device == "cpu" and settings.height * settings.width >= 256 ** 2:
         say(f"no GPU is used, and on a CPU a picture of {settings.height}x{settings.width} takes minutes; if "
             "there is one, see what torch.cuda.is_available() says")
     if not settings.eval_reward:
         other = "pickscore (4.0 GB)" if "clipscore" in weights else "clipscore (1.7 GB)"
         say(f"nothing is held out, so reward hacking can't be seen; add --eval-reward {other}")
-    wanted = defaultdict(list, {settings.model: inspect_model(settings.model)[0].files()})
+    family, *_ = inspect_model(settings.model, settings.height, settings.width)
+    wanted = defaultdict(list, {settings.model: family.files()})
     for name in names:
         if own_file(name) is None:
             add_patterns(wanted, find_reward(name, settings.models)[1])
-    fetch(wanted)
+    fetch(wanted)    # all at once and first, so that it is announced in one line; later calls find it cached
     settings.versions = quiet_libraries()
     torch.backends.cudnn.allow_tf32 = False    # perturbations and rewards are float32, convolutions too
 
@@ -1571,12 +1588,12 @@ def load(settings, must_have_gradient=True, more_prompts=()):
         rewards[short_name(name)] = make_reward(name, settings.models, settings.device)
         # A model takes any prompt; a function of your own may not, so it is shown all of them.
         shown = list(dict.fromkeys(prompts + eval_prompts)) if own_file(name) else prompts[:1]
-        has_gradient = try_reward(name, rewards[short_name(name)], shown, settings)
+        has_gradient = try_reward(name, rewards[short_name(name)], shown, settings, name in weights)
         if name in weights and not has_gradient:
             differentiable = False
-        if must_have_gradient and not differentiable:
-            raise UserError(f"the reward {name} can't be trained on: it is not differentiable in the images, "
-                            "or its gradient is not finite")
+            if must_have_gradient:
+                raise UserError(f"the reward {name} can't be trained on: it is not differentiable in the "
+                                "images, or its gradient is not finite")
     model = load_model(settings.model, settings.sampling_steps, settings.guidance_scale, settings.height,
                        settings.width, getattr(torch, settings.dtype), settings.device)
     if settings.gradient_checkpointing:
@@ -1634,7 +1651,7 @@ COUNT_OR_0, AMOUNT_OR_0, PIXELS = number(int, 0, 10 ** 6), number(float, 0, 1e6)
 RADIUS = number(float, 0, 1e6, nargs="?", const=1e-2, metavar="RHO")
 NAMES, FILE, FOLDER = {"nargs": "*", "metavar": "NAME"}, {"metavar": "FILE"}, {"metavar": "DIR"}
 
-# What --tiny puts in the place of the defaults, and nothing else. The radii stay the paper's.
+# What --tiny puts in the place of the defaults. The radii stay the paper's; S1's is S1_RADIUS_TINY.
 TINY = dict(model=str(HERE / "tiny/stable-diffusion"), models=str(HERE / "tiny"), rank=8, learning_rate=2e-3,
             prompts=str(HERE / "tiny/prompts.txt"), sampling_steps=10, guidance_scale=3.0, train_steps=60,
             micro_batch_size=None, sampling_batch_size=None, eval_images=144,
@@ -1651,7 +1668,8 @@ def add_common_flags(parser):
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
         ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "
          "paper: hpsv2", NAMES),
-        ("--eval-reward", [], "held out, never trained on; paper: hpsv2.1 pickscore imagereward", NAMES),
+        ("--eval-reward", [], "held out, never trained on; the first one picks best/ and raises the alarm; "
+         "paper: hpsv2.1 pickscore imagereward", NAMES),
         ("--prompts", str(HERE / "prompts.txt"), "a text file, one prompt a line", FILE),
         ("--eval-prompts", None, "another one for the evaluations", FILE)])
     parser.flags("sampling (without a default: the model's own)", [
@@ -1707,7 +1725,7 @@ def parse(argv=None):
 # ---- The program -------------------------------------------------------------------------------------------
 
 def main(argv=None, parse=parse, train=train, program="rsaft.py"):
-    """Run a command line. Returns the exit code: 0; 2: something to put right; 1: the same may work again."""
+    """Run a command line. Returns the exit code: 0; 2: something to put right; 1: anything else ended it."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")    # a path may hold what the terminal can't show

@@ -934,7 +934,7 @@ def test_a_first_run_fetches_what_it_needs_and_the_next_one_asks_nobody(hub, tmp
     from huggingface_hub import constants
     assert from_hub(tmp_path / "cold") == 0
     said = capsys.readouterr().out
-    assert re.search(r"fetching 0\.0\d GB, from the hub: a/model, yuvalkirstain/PickScore_v1, laion/", said)
+    assert re.search(r"fetching 0\.0\d GB from the hub: a/model, yuvalkirstain/PickScore_v1, laion/", said)
     assert hub.fetched("a/model") == names(MODEL)
     assert hub.fetched("yuvalkirstain/PickScore_v1") == {"config.json", "model.safetensors"}
     assert hub.fetched(LAION) == {"config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -957,10 +957,10 @@ def test_the_hub_has_a_second_try_and_then_its_status_is_named(hub, tmp_path, ca
     faults = [(429, "")]
     hub.fault = lambda request: faults.pop() if faults else None
     assert rsaft.fetch({"a/model": rsaft.CONFIGS})
-    assert "status 429; once more in 0 s" in capsys.readouterr().out
+    assert "a/model can't be had from the hub (status 429); once more in 0 s\n" in capsys.readouterr().out
     hub.fault = lambda request: (503, "")
     assert from_hub(tmp_path / "out") == 1
-    assert_one_line(last_line(capsys), "a/model .*status 503; try again")
+    assert_one_line(last_line(capsys), r"a/model .*\(status 503\); try again")
 
 
 @pytest.mark.parametrize("fault, offline, words", [
@@ -985,7 +985,7 @@ def test_a_file_that_was_cut_short_is_named_and_can_be_fetched_again(hub, tmp_pa
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
     assert from_hub(tmp_path / "out") == 2
-    assert_one_line(last_line(capsys), f"{re.escape(str(path))} is damaged or cut short; delete it")
+    assert_one_line(last_line(capsys), f"{re.escape(str(path))} can't be read; was it cut short, delete it")
     path.unlink()
     assert Path(rsaft.fetch(wanted)["a/model"], name).read_bytes() == whole
 
@@ -1791,7 +1791,7 @@ def test_an_update_without_a_finite_gradient_ends_the_run_and_the_last_good_adap
     (tmp_path / "guest.py").write_text(TIRED)
     assert small(tmp_path / "out", "--reward", f"{tmp_path}/guest.py:fragile", "--eval-every", "0") == 2
     error = last_line(capsys)
-    assert error.startswith("rsaft.py: update 3 has a reward of") and str(tmp_path / "out") in error
+    assert error.startswith("rsaft.py: update 3 has grad_norm = nan") and str(tmp_path / "out") in error
     assert_saved(tmp_path / "out", 2)
 
 
@@ -2131,7 +2131,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_ways_out():
     """The address is one that answers nothing, so that this holds with and without a network."""
     result = run("--reward", "pickscore", environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert_one_line(result.stderr)
-    assert result.returncode == 2 and "--tiny" in result.stderr and "--models" in result.stderr
+    assert result.returncode == 1 and "--tiny" in result.stderr and "--models" in result.stderr
 
 
 def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):

@@ -29,8 +29,7 @@ class Flux(Backbone):
     def geometry(cls, network, vae):
         return super().geometry({"in_channels": network["in_channels"] // 4, "sample_size": 128}, vae)
 
-    @classmethod
-    def pipeline_arguments(cls, latents, guidance_scale):
+    def pipeline_arguments(self, latents, guidance_scale):
         return {"latents": to_tokens(latents), "guidance_scale": guidance_scale}
 
     def step_table(self, sampling_steps):

@@ -22,8 +22,7 @@ class ZImage(Backbone):
     def geometry(cls, network, vae):
         return super().geometry({"in_channels": network["in_channels"], "sample_size": 128}, vae)
 
-    @classmethod
-    def pipeline_arguments(cls, latents, guidance_scale):
+    def pipeline_arguments(self, latents, guidance_scale):
         return {"latents": latents, "guidance_scale": guidance_scale - 1}
 
     def step_table(self, sampling_steps):

@@ -32,6 +32,12 @@ TINY = rsaft.HERE / "tiny"
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
+def on_cpu(scheduler, **config):
+    """Its numbers are there also where the models are made without storage (counted.py)."""
+    with torch.device("cpu"):
+        return scheduler(**config)
+
+
 def clip(kind, width, layers, heads=12):
     """A text encoder of transformers, and the tokenizer of tiny/."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "pickscore", model_max_length=77)
@@ -57,7 +63,7 @@ def vae(**config):
 def stable_diffusion():
     """The shapes of stable-diffusion-v1-5, with the PNDM scheduler that the hub's copy comes with."""
     text, tokenizer = clip(CLIPTextModel, 768, 12)
-    scheduler = PNDMScheduler(**NOISE, skip_prk_steps=True)
+    scheduler = on_cpu(PNDMScheduler, **NOISE, skip_prk_steps=True)
     scheduler.register_to_config(clip_sample=False)   # not PNDM's own, but the hub's file has it, for DDIM
     return StableDiffusionPipeline(
         vae=vae(sample_size=512), text_encoder=text, tokenizer=tokenizer, scheduler=scheduler,
@@ -78,7 +84,7 @@ def sdxl():
         projection_class_embeddings_input_dim=1280 + 6 * 256)
     return StableDiffusionXLPipeline(
         vae=vae(sample_size=1024, scaling_factor=0.13025), text_encoder=first, tokenizer=tokenizer, unet=unet,
-        text_encoder_2=second, tokenizer_2=tokenizer, scheduler=EulerDiscreteScheduler(**NOISE),
+        text_encoder_2=second, tokenizer_2=tokenizer, scheduler=on_cpu(EulerDiscreteScheduler, **NOISE),
         add_watermarker=False)
 
 
@@ -95,7 +101,7 @@ def sd3():
                 use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=first, tokenizer=tokenizer, text_encoder_2=second, tokenizer_2=tokenizer,
         text_encoder_3=third, tokenizer_3=tokenizer_3, transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+        scheduler=on_cpu(FlowMatchEulerDiscreteScheduler, shift=3.0))
 
 
 def flux():
@@ -106,7 +112,7 @@ def flux():
                 use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=first, tokenizer=tokenizer, text_encoder_2=second, tokenizer_2=tokenizer_2,
         transformer=FluxTransformer2DModel(guidance_embeds=True),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
+        scheduler=on_cpu(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True))
 
 
 def pickscore():

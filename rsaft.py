@@ -1144,7 +1144,7 @@ def make_reward(name, models=None, device="cpu"):
 
 
 def try_reward(name, reward, prompts, settings, backward):
-    """Score a random picture for each of `prompts`. Returns whether finite gradients came, asked `backward`."""
+    """Score a random picture for each of `prompts`. Returns whether gradients came, asked `backward`."""
     shape, size, gradients = (1, 3, settings.height, settings.width), settings.micro_batch_size, []
     picture = torch.rand(shape, generator=named_generator("check")).to(settings.device)
     for i in range(0, len(prompts), size):

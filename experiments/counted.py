@@ -21,12 +21,12 @@ import full_size  # noqa: E402
 
 GIB, BATCH = 2 ** 30, 32
 # Pixels, and the shapes of what the network is told of a prompt.
-SIZES = {"stable-diffusion": (512, [(77, 768)]), "sdxl": (1024, [(77, 2048), (1280,), (6,)]),
+SIZES = {"stable-diffusion": (512, [(77, 768)]), "sdxl": (1024, [(77, 2048), (1280,)]),
          "sd3.5-medium": (1024, [(77 + 256, 4096), (2048,)]), "flux.1-dev": (1024, [(512, 4096), (768,), ()])}
 
 
 class FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps, queries, keys, values and output; its operations are added to `operations`."""
+    """What a fused kernel keeps: queries, keys, values, output. Its operations are added to `operations`."""
     operations = 0
 
     @staticmethod
@@ -74,7 +74,8 @@ def without_storage(name):
 
 
 def main():
-    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: FusedAttention.apply(query, key, value)
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: (
+        FusedAttention.apply(query, key, value))
     for name in SIZES:
         model, clip, told = without_storage(name)
         weights = [weight for part in (model.network, model.vae, clip) for weight in part.parameters()]
@@ -102,8 +103,9 @@ def main():
                               f"with the window {window:,.0f}")
                     kept = [gib for gib, _ in costs]
                     held = sum(weight.nbytes for weight in weights) / GIB
-                    print(f"  {'--gradient-checkpointing' if checkpointing else '':24} --micro-batch-size {B}: "
-                          f"network {kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, in all "
+                    flags = f"--micro-batch-size {B}{' --gradient-checkpointing' if checkpointing else ''}"
+                    print(f"  {flags}: network "
+                          f"{kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, in all "
                           f"{held + sum(kept):.0f} GiB", flush=True)
 
 

@@ -8,7 +8,7 @@ time, memory and the flow of the gradient are those of the real models. The toke
 
     python experiments/full_size.py DIR sdxl              # or sd3.5-medium, flux.1-dev
 
-makes one of these in PickScore's company. Its weights are bfloat16: 9.5, 9 and 28 GB with PickScore; in
+makes one of these and PickScore. Its weights are bfloat16: 10, 10 and 28 GB, PickScore included; in
 float32 FLUX.1-dev alone would be 48. Its text encoders have the published widths and two layers, T5 one, as
 they are let go before the first update: what they take until then is not measured.
 """

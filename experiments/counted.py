@@ -104,9 +104,8 @@ def main():
                     kept = [gib for gib, _ in costs]
                     held = sum(weight.nbytes for weight in weights) / GIB
                     flags = f"--micro-batch-size {B}{' --gradient-checkpointing' if checkpointing else ''}"
-                    print(f"  {flags}: network "
-                          f"{kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, in all "
-                          f"{held + sum(kept):.0f} GiB", flush=True)
+                    print(f"  {flags}: network {kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, "
+                          f"in all {held + sum(kept):.0f} GiB", flush=True)
 
 
 if __name__ == "__main__":

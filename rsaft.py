@@ -716,7 +716,13 @@ def fetch(wanted):
             continue
         except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
             downloads[model] = download
-        files = ask_hub(model, partial(download, dry_run=True))
+        try:
+            files = ask_hub(model, partial(download, dry_run=True))
+        except (UserError, RunStopped) as problem:
+            with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+                folders[model] = downloads.pop(model)(local_files_only=True)    # perhaps whole, after all
+                continue
+            raise problem
         new += [(model, file) for file in files if file.will_download]
     large = [(model, file) for model, file in new if (file.file_size or 0) > 1e6]
     if large:

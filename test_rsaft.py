@@ -953,6 +953,16 @@ def test_a_cache_that_another_program_filled_in_part_is_completed(hub):
     assert names(folder) == names(MODEL)
 
 
+def test_without_a_network_a_cache_that_has_no_list_of_files_will_do(hub, tmp_path):
+    """As older versions of huggingface_hub filled it. What it lacks, if anything, the load says."""
+    assert from_hub(tmp_path / "cold") == 0
+    for lists in (tmp_path / "cache").glob("*/trees"):
+        shutil.rmtree(lists)
+    hub.fault = lambda request: (500, "")
+    assert from_hub(tmp_path / "out") == 0
+    assert adapter(tmp_path / "cold") == adapter(tmp_path / "out")
+
+
 def test_the_hub_has_a_second_try_and_then_its_status_is_named(hub, tmp_path, capsys):
     faults = [(429, "")]
     hub.fault = lambda request: faults.pop() if faults else None

@@ -93,31 +93,43 @@ def judge(wanted, found, color_of, graded=False):
     return sum(parts) / len(parts) if graded else float(min(parts) == 1)
 
 
+def objects(class_logits, masks):
+    """What a picture holds, as a list of Found. class_logits: (Q, 81), of which the last is nothing; masks:
+    (Q, H, W), logits too. The confidence is that of the class times the mean of the mask's."""
+    scores, found = class_logits.softmax(-1)[:, :-1], []
+    for query, label in (scores > THRESHOLD).nonzero().tolist():
+        mask = masks[query] > 0
+        if mask.any():
+            score = scores[query, label] * masks[query][mask].sigmoid().mean()
+            (top, left), (bottom, right) = (corner.tolist() for corner in mask.nonzero().aminmax(dim=0))
+            found.append(Found(NAMES[label], score.item(), (left, top, right + 1, bottom + 1), mask))
+    return found
+
+
+def detector_pixels(image):
+    """An image (3, H, W) in [0, 1] as the detector wants it, (1, 3, rows, columns): the short side 800 or the
+    long one 1333, then zeros up to a multiple of 32. Returns also height and width without these."""
+    H, W = image.shape[1:]
+    scale = min(800 / min(H, W), 1333 / max(H, W))
+    h, w = round(H * scale), round(W * scale)
+    mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    pixels = (F.interpolate(image[None], (h, w), mode="bilinear", antialias=True) - mean) / std
+    return F.pad(pixels, (0, -w % 32, 0, -h % 32)), h, w
+
+
 def mask2former(folder, device):
-    """A function of an image (3, H, W) in [0, 1] to its list of Found, by instance segmentation."""
+    """A function of an image (3, H, W) in [0, 1] to its list of Found."""
     from transformers import Mask2FormerForUniversalSegmentation
     model = load_complete(Mask2FormerForUniversalSegmentation, folder).to(device)
     if model.config.num_labels != len(NAMES):    # they go by number: its own names differ, as "tvmonitor"
         raise UserError(f"{folder} knows {model.config.num_labels} kinds of objects, not COCO's {len(NAMES)}")
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
 
     def detect(image):
-        H, W = image.shape[1:]
-        scale = min(800 / min(H, W), 1333 / max(H, W))
-        h, w = round(H * scale), round(W * scale)
-        pixels = (F.interpolate(image[None], (h, w), mode="bilinear", antialias=True) - mean) / std
-        output = model(pixel_values=F.pad(pixels, (0, -w % 32, 0, -h % 32)))
-        size = h + -h % 32, w + -w % 32
-        masks = F.interpolate(output.masks_queries_logits, size, mode="bilinear")[..., :h, :w]
-        masks = F.interpolate(masks, (H, W), mode="bilinear")[0]
-        scores, found = output.class_queries_logits[0].softmax(-1)[:, :-1], []    # the last is nothing
-        for query, label in (scores > THRESHOLD).nonzero().tolist():
-            mask = masks[query] > 0
-            if mask.any():
-                score = scores[query, label] * masks[query][mask].sigmoid().mean()
-                (top, left), (bottom, right) = (side.tolist() for side in mask.nonzero().aminmax(dim=0))
-                found.append(Found(NAMES[label], score.item(), (left, top, right + 1, bottom + 1), mask))
-        return found
+        pixels, h, w = detector_pixels(image)
+        output = model(pixel_values=pixels)
+        masks = F.interpolate(output.masks_queries_logits, pixels.shape[2:], mode="bilinear")[..., :h, :w]
+        masks = F.interpolate(masks, image.shape[1:], mode="bilinear")[0]
+        return objects(output.class_queries_logits[0], masks)
 
     return detect
 

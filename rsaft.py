@@ -1048,7 +1048,9 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
 
 
 # A reward found by name has FILES, {a file that must be there: its repository on the hub, or None}, and
-# load(folders, device) with {the same file: the folder that it is in}, which returns the reward.
+# load(folders, device) with {the same file: the folder that it is in}, which returns the reward. The file
+# "clip/config.json" is in a folder clip/ under --models, and in none on the hub. A reward that can't judge
+# every prompt has check_prompt(prompt) as well, which raises UserError.
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -1089,13 +1091,19 @@ def import_file(path):
     return sys.modules[name]
 
 
-def find_reward(name, models=None):
-    """The loader of a reward found by name, and {file: folder or hub id}; fetches none. Raises UserError."""
-    leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
+def find_reward(name, models=None, prompts=()):
+    """The loader of a reward found by name, and {file: folder or hub id}; fetches none. Raises UserError.
+
+    prompts: those that it will be asked to judge.
+    """
+    leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))
+              if not path.stem.startswith("test_")}
     if name in leaves:
         with explained(f"the reward {name} doesn't load", HERE / "rewards"):
             leaf = import_file(leaves[name])
             load, files = leaf.load, leaf.FILES
+            for prompt in prompts if hasattr(leaf, "check_prompt") else ():
+                leaf.check_prompt(prompt)
     elif name == "pickscore":
         load, files = load_pickscore, PICKSCORE_FILES
     else:
@@ -1104,7 +1112,7 @@ def find_reward(name, models=None):
         missing = [str(Path(models, name, file)) for file in files if not Path(models, name, file).is_file()]
         if missing:
             raise UserError(f"reward {name}: there is no {' and no '.join(missing)}; see --models")
-        return load, dict.fromkeys(files, str(Path(models, name)))
+        return load, {file: str(Path(models, name, file).parent) for file in files}
     if None in files.values():
         raise UserError(f"the reward {name} is on no hub; --models DIR must name a folder with {name}/ in it")
     return load, files
@@ -1113,6 +1121,7 @@ def find_reward(name, models=None):
 def add_patterns(wanted, files):
     """Add to `wanted`, a defaultdict(list), what `fetch` is to get for a reward with these FILES."""
     for file, source in files.items():
+        file = Path(file).name
         wanted[source] += {"config.json": WEIGHTS, "tokenizer_config.json": TOKENIZER}.get(file, [file])
     return wanted
 
@@ -1541,7 +1550,7 @@ def check(settings):
             raise UserError(f"the reward {name} is named twice, or as the log names something else; what is "
                             "trained on can't be held out")
         if own_file(name) is None:
-            find_reward(name, settings.models)
+            find_reward(name, settings.models, sum(prompts, []))
         elif not own_file(name).is_file():
             raise UserError(f"reward {name}: there is no file {own_file(name)}")
     if settings.stop_on_hacking and not (settings.eval_every and settings.eval_reward):

@@ -1190,8 +1190,8 @@ def attend(q, k, v, heads, mask=0):
     return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def imagereward_by_hand(state, ids, attention_mask, pixels):
-    """BLIP's two towers and ImageReward's head, written out on the original names."""
+def blip_by_hand(state, ids, attention_mask, pixels):
+    """BLIP's two towers, written out on the original names: what ImageReward's head is applied to."""
     def line(x, name):
         return x @ state[f"blip.{name}.weight"].T + state[f"blip.{name}.bias"]
 
@@ -1221,7 +1221,7 @@ def imagereward_by_hand(state, ids, attention_mask, pixels):
     layer = f"{t}.encoder.layer.0"
     inner = gelu(line(h, f"{layer}.intermediate.dense"))
     h = norm(h + line(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm", 1e-12)
-    return (apply_head(state, h[:, 0], "mlp.") - 0.16717362830052426) / 1.0333394966054072
+    return h[:, 0]
 
 
 @pytest.fixture
@@ -1272,7 +1272,8 @@ def originals(tmp_path, monkeypatch):
 
     def imagereward(pixels, prompts):
         tokens = bert(prompts, padding="max_length", max_length=35, return_tensors="pt")
-        return imagereward_by_hand(blip, tokens.input_ids, tokens.attention_mask, pixels)
+        features = blip_by_hand(blip, tokens.input_ids, tokens.attention_mask, pixels)
+        return (apply_head(blip, features, "mlp.") - 0.16717362830052426) / 1.0333394966054072
 
     def cosine(pixels, prompts):
         output = clip(input_ids=ids(prompts), pixel_values=pixels)

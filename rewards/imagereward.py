@@ -15,31 +15,41 @@ BLIP_VISION = (  # ImageReward's names to those of transformers' BlipVisionModel
     (r"\.attn\.qkv\.", ".self_attn.qkv."), (r"\.attn\.proj\.", ".self_attn.projection."))
 
 
-def load(folders, device):
+def take(state, prefix):
+    """What of a checkpoint has this prefix, without it; it is removed there."""
+    return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+
+
+def load_blip(state, tokenizer_source, length, device):
+    """BLIP's text feature that has seen the image, a function (images, prompts) -> (B, 768).
+
+    state: a checkpoint; what is BLIP's in it is removed. length: of the prompts, in tokens.
+    """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
     from transformers.initialization import no_init_weights
     with no_init_weights():    # all are loaded: random numbers would take seconds
         vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
         text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has cross attention
-    state = load_original(folders, "ImageReward.pt")
-
-    def part(prefix):
-        return {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-
     for unused in "blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids":
-        part(unused)
-    vision.load_state_dict(renamed(part("blip.visual_encoder."), BLIP_VISION))
-    text.load_state_dict(part("blip.text_encoder."))
-    head = linear_head(part("mlp."))
+        take(state, unused)
+    vision.load_state_dict(renamed(take(state, "blip.visual_encoder."), BLIP_VISION))
+    text.load_state_dict(take(state, "blip.text_encoder."))
+    for module in vision, text:
+        module.to(device).eval().requires_grad_(False)
+    tokenize = make_tokenize(tokenizer_source, length, device)
+
+    def features(images, prompts):
+        image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state
+        return text(**tokenize(prompts), encoder_hidden_states=image, is_decoder=False).last_hidden_state[:, 0]
+
+    return features
+
+
+def load(folders, device):
+    state = load_original(folders, "ImageReward.pt")
+    features = load_blip(state, folders["tokenizer_config.json"], 35, device)
+    head = linear_head(take(state, "mlp.")).to(device).requires_grad_(False)
     if state:
         raise ValueError(f"unexpected keys {list(state)}")
-    for module in vision, text, head:
-        module.to(device).eval().requires_grad_(False)
-    tokenize = make_tokenize(folders["tokenizer_config.json"], 35, device)
-
-    def reward(images, prompts):
-        image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state
-        hidden = text(**tokenize(prompts), encoder_hidden_states=image, is_decoder=False).last_hidden_state[:, 0]
-        return (head(hidden)[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-    return reward
+    return lambda images, prompts: (head(features(images, prompts))[:, 0]
+                                    - 0.16717362830052426) / 1.0333394966054072

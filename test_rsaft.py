@@ -1493,7 +1493,7 @@ def test_the_command_of_the_readme_runs_and_its_adapter_gives_the_last_grid_in_p
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["step", "pickscore", "judge", "oracle_accuracy", "oracle_rmse", "s1"] in rows
     assert [row[0] for row in rows if len(row) == 6 and row[0] in "0123"] == ["0", "2", "3"]
-    assert "reward=" in result.stderr and "judge=" in result.stderr                       # in the bar
+    assert "reward=" in result.stderr                 # in the bar
     for word in "Traceback", "Warning", "torchvision":
         assert word not in result.stderr
 
@@ -2092,7 +2092,7 @@ BAD = [
     (["--model", "foreign"], "its unet doesn't load.*subprocess"),
     (["--rank", "100000"], "rank 100000 is above 32"),
     (["--model", "sample"], "prediction_type"), (["--model", "clipped"], "clip"),
-    (["--model", "bitten"], "unet doesn't load|doesn't load as a UNet"),
+    (["--model", "bitten"], "unet.*can.t be read; was it cut short"),
 ]
 
 

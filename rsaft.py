@@ -887,7 +887,8 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
 
 
 # A reward found by name has FILES, {a file that must be there: its repository on the hub, or None}, and
-# load(sources, device) with {the same file: the folder or hub id to load from}, which returns the reward.
+# load(sources, device) with {the same file: the folder or hub id to load from}, which returns the reward. One
+# that can't judge every prompt has check_prompt(prompt) as well, which raises UserError.
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -928,13 +929,19 @@ def import_file(path):
     return sys.modules[name]
 
 
-def find_reward(name, models=None):
-    """The loader of a reward found by name, and {file: folder or hub id}; loads nothing. Raises UserError."""
-    leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))}
+def find_reward(name, models=None, prompts=()):
+    """The loader of a reward found by name, and {file: folder or hub id}; loads nothing. Raises UserError.
+
+    prompts: those that it will be asked to judge.
+    """
+    leaves = {path.stem: path for path in sorted((HERE / "rewards").glob("[!_]*.py"))
+              if not path.stem.startswith("test_")}
     if name in leaves:
         with explained(f"the reward {name} doesn't load", HERE / "rewards"):
             leaf = import_file(leaves[name])
             load, files = leaf.load, leaf.FILES
+            for prompt in prompts if hasattr(leaf, "check_prompt") else ():
+                leaf.check_prompt(prompt)
     elif name == "pickscore":
         load, files = load_pickscore, PICKSCORE_FILES
     else:
@@ -1357,7 +1364,7 @@ def check(settings):
             raise UserError(f"the reward {name} is named twice, or as the log names something else; what is "
                             "trained on can't be held out")
         if own_file(name) is None:
-            find_reward(name, settings.models)
+            find_reward(name, settings.models, sum(prompts, []))
         elif not own_file(name).is_file():
             raise UserError(f"reward {name}: there is no file {own_file(name)}")
     if settings.stop_on_hacking and not (settings.eval_every and settings.eval_reward):

@@ -6,6 +6,8 @@ it anew. Each part has its own seed. At the end, or at once when nothing is miss
     pickscore/         CLIPModel, the proxy reward: accurate and brittle (no augmentation)
     judge/             CLIPModel, held out: another seed, and trained under noise, blur and contrast
     stable-diffusion/  StableDiffusionPipeline: CLIPTokenizer, CLIPTextModel, UNet2DConditionModel, AutoencoderKL
+
+`python tiny/build.py words` makes the world of words instead, see build_words.py.
 """
 import shutil
 import sys
@@ -230,4 +232,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["words"]:                 # the other small world
+        from build_words import main
     main()

@@ -1,15 +1,13 @@
 """An ONNX graph of plain operations as a torch module, through which gradients pass."""
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import numpy_helper
 from torch import nn
 
 
 def same_padding(x, kernel, strides, value=0.0):
-    """ONNX's auto_pad SAME_UPPER: an output of size ceil(input / stride), the odd pixel of padding at the end."""
-    pad = []
-    for size, k, stride in zip(x.shape[:1:-1], kernel[::-1], strides[::-1]):    # F.pad begins with the last axis
+    """ONNX's auto_pad SAME_UPPER: ceil(input / stride) pixels come out, odd padding goes to the end."""
+    pad = []    # F.pad begins with the last axis
+    for size, k, stride in zip(x.shape[:1:-1], kernel[::-1], strides[::-1]):
         total = max((-(-size // stride) - 1) * stride + k - size, 0)
         pad += [total // 2, total - total // 2]
     return F.pad(x, pad, value=value)
@@ -60,11 +58,11 @@ def unsqueeze(x, *, axes):
 
 
 OPERATIONS = {
-    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow, "Sqrt": torch.sqrt,
-    "Erf": torch.erf, "Relu": torch.relu, "Sigmoid": torch.sigmoid, "MatMul": torch.matmul,
-    "Identity": lambda x: x, "Shape": lambda x: torch.tensor(x.shape), "Conv": convolution, "MaxPool": max_pool,
-    "AveragePool": average_pool, "BatchNormalization": batch_norm, "Slice": take, "Reshape": reshape,
-    "Squeeze": squeeze, "Unsqueeze": unsqueeze,
+    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow,
+    "Sqrt": torch.sqrt, "Erf": torch.erf, "Relu": torch.relu, "Sigmoid": torch.sigmoid,
+    "MatMul": torch.matmul, "Identity": lambda x: x, "Shape": lambda x: torch.tensor(x.shape),
+    "Conv": convolution, "MaxPool": max_pool, "AveragePool": average_pool, "BatchNormalization": batch_norm,
+    "Slice": take, "Reshape": reshape, "Squeeze": squeeze, "Unsqueeze": unsqueeze,
     "HardSigmoid": lambda x, *, alpha, beta: (alpha * x + beta).clamp(0, 1),
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "ReduceMean": lambda x, *, axes, keepdims=1: x.mean(axes, keepdim=bool(keepdims)),
@@ -73,25 +71,26 @@ OPERATIONS = {
 
 
 class OnnxModule(nn.Module):
-    """The graph of an ONNX file: one input, one output, frozen weights; `metadata` is the file's, {key: text}.
+    """The graph of an ONNX file: one input, one output, frozen weights; `metadata` is {key: text}.
 
-    logits: leave out the softmax that ends the graph. Raises ValueError where there is none, and for a graph with
-    an operation that OPERATIONS doesn't have.
+    logits: leave out the softmax that ends the graph. Raises ValueError where there is none, and for a graph
+    with an operation that OPERATIONS doesn't have.
     """
 
     def __init__(self, path, logits=False):
+        import onnx
         super().__init__()
         model = onnx.load(path)
         graph, self.metadata = model.graph, {entry.key: entry.value for entry in model.metadata_props}
         self.input, self.output = graph.input[0].name, graph.output[0].name
-        self.values = {}                      # names in the file hold dots, which buffers may not: number them
+        self.values = {}    # {name in the file: buffer}; names in the file have dots, which buffers may not
         for i, value in enumerate(graph.initializer):
             self.values[value.name] = f"value_{i}"
-            self.register_buffer(f"value_{i}", torch.from_numpy(numpy_helper.to_array(value).copy()))
+            self.register_buffer(f"value_{i}", torch.from_numpy(onnx.numpy_helper.to_array(value).copy()))
         self.nodes = []
         for node in graph.node:
             if node.op_type not in OPERATIONS:
-                raise ValueError(f"{path} has the operation {node.op_type}; there are {', '.join(OPERATIONS)}")
+                raise ValueError(f"{path} has the operation {node.op_type}, which isn't in OPERATIONS")
             attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
             attributes = {name: value.decode() if isinstance(value, bytes) else value
                           for name, value in attributes.items()}

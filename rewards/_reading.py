@@ -1,4 +1,4 @@
-"""What the rewards share that read: the wanted text of a prompt, and readers out of packages that carry weights."""
+"""What the rewards that read share: the wanted text of a prompt, and weights that come with a package."""
 import importlib.util
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from rsaft import UserError
 
 
 def package_file(package, name):
-    """The path of a file of an installed package, which isn't imported. Raises UserError where it isn't there."""
+    """The path of a file of an installed package, which isn't imported. Raises UserError without it."""
     found = importlib.util.find_spec(package)
     path = found and Path(found.submodule_search_locations[0], name)
     if not path or not path.is_file():
@@ -15,10 +15,11 @@ def package_file(package, name):
 
 
 def wanted_text(prompt):
-    """What a prompt wants to be written: the first text in double quotes. Raises UserError where there is none."""
+    """What a prompt wants to be written: the first text in double quotes. Raises UserError without one."""
     parts = prompt.split('"')
     if len(parts) < 3 or not folded(parts[1]):
-        raise UserError(f"the rewards that read need a text in double quotes in each prompt; {prompt!r} has none")
+        raise UserError("the rewards that read need a text in double quotes in each prompt; "
+                        f"{prompt!r} has none")
     return parts[1]
 
 

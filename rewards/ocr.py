@@ -1,8 +1,7 @@
-"""Reading the picture, a black box: the share of right letters of the text that the prompt has in double quotes.
+"""Reading, a black box: how much of the text in the prompt's double quotes stands in the picture, 0 to 1.
 
-1 - edit distance / length, in lower case and without spaces, as text rendering has been rewarded since Flow-GRPO
-(arXiv 2505.05470). There PaddleOCR reads; here PP-OCRv6 small, with rapidocr's code and weights: scores may differ
-a little.
+1 - edit distance / length, in lower case and without spaces, as Flow-GRPO (arXiv 2505.05470) has it. There
+PaddleOCR reads, here PP-OCRv6 small with rapidocr's code and weights: scores may differ a little.
 """
 import torch
 
@@ -35,8 +34,8 @@ def right_letters(wanted, read):
 def make_reader(models):
     """A function of images (B, 3, H, W) in [0, 1] to what stands in them, B strings.
 
-    models: {"Det" and "Rec": the ONNX file of a PP-OCR detector and recogniser}. A picture that is at least twice
-    as wide as high is taken for one line of text, which goes to the recogniser alone.
+    models: {"Det" and "Rec": the ONNX file of a PP-OCR detector and recogniser}. A picture at least twice as
+    wide as high is taken for one line of text, which goes to the recogniser alone.
     """
     from rapidocr import RapidOCR
     engine = RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False,
@@ -45,9 +44,9 @@ def make_reader(models):
 
     def read(images):
         pixels = images.detach().clamp(0, 1).mul(255).round().byte().cpu().permute(0, 2, 3, 1)
-        line = images.shape[3] >= 2 * images.shape[2]
-        texts = [engine(picture, use_det=not line).txts for picture in pixels.flip(-1).contiguous().numpy()]  # BGR
-        return [" ".join(text or ()) for text in texts]
+        pixels = pixels.flip(-1).contiguous().numpy()    # blue first
+        is_line = images.shape[3] >= 2 * images.shape[2]
+        return [" ".join(engine(picture, use_det=not is_line).txts or ()) for picture in pixels]
 
     return read
 

@@ -1,4 +1,4 @@
-"""The same by another reader, PP-OCRv4 out of rapidocr-onnxruntime: a judge where `ocr_likelihood` is trained on."""
+"""ocr by another reader, PP-OCRv4 out of rapidocr-onnxruntime: a judge of what ocr_likelihood has tuned."""
 from pathlib import Path
 
 from _reading import package_file

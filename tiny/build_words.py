@@ -2,10 +2,10 @@
 
     glyphs.safetensors    masks of the letters, drawn from the DejaVu fonts of matplotlib
     prompts.txt           the prompts of all words, shuffled
-    model_index.json ...  StableDiffusionPipeline of 32x96 pictures, its weights in half precision
+    model_index.json ...  StableDiffusionPipeline of 32x96 pictures
 
-As in build.py, what is there is kept; delete it to make it anew. Then the pipeline is measured, with the readers of
-rewards/ (`pip install -r rewards/requirements.txt`).
+As in build.py, what is there is kept; delete it to make it anew. Then the pipeline is measured, with the
+readers of rewards/ (`pip install -r rewards/requirements.txt`).
 """
 import random
 import shutil
@@ -23,12 +23,12 @@ from words import world
 
 HERE = Path(__file__).parent / "words"
 FONTS, SIZES = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold"), (20, 22, 24)
-TOKENS = 12                                       # length of a padded prompt
-UNET_STEPS, UNET_STOP = 3000, 1800                # stopped early on purpose: a base model that leaves room to improve
+TOKENS = 12                           # length of a padded prompt
+UNET_STEPS, UNET_STOP = 3000, 1800    # stopped early on purpose: a base model that leaves room to improve
 
 
 def build_glyphs(path):
-    """Draw each letter in each font and size, in the middle of its mask's height. Writes a safetensors file."""
+    """Draw each letter in each font and size, in the middle of its mask's height; a safetensors file."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     height, width = 24, 28
@@ -38,12 +38,12 @@ def build_glyphs(path):
         for s, size in enumerate(SIZES):
             font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf", f"{name}.ttf")), size)
             _, top, _, bottom = font.getbbox("E", anchor="ls")
+            origin = world.BEARING, (height - top - bottom) // 2
             for i, letter in enumerate(world.LETTERS):
                 canvas = Image.new("L", (width, height))
-                ImageDraw.Draw(canvas).text((world.BEARING, (height - top - bottom) // 2), letter, 255, font,
-                                            anchor="ls")
-                masks[f, s, i] = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width)
-                advances[f, s, i] = round(font.getlength(letter))
+                ImageDraw.Draw(canvas).text(origin, letter, 255, font, anchor="ls")
+                pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
+                masks[f, s, i], advances[f, s, i] = pixels.view(height, width), round(font.getlength(letter))
     save_file({"masks": masks, "advances": advances}, path)
 
 
@@ -58,16 +58,18 @@ def tokenizer():
 
 
 def tokens(tokenizer, prompts):
-    return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True,
+                     return_tensors="pt").input_ids
 
 
 def build_vae(folder):
-    """AutoencoderKL, 32x96 pictures to 4x8x24 latents; scaling_factor makes the latents' standard deviation 1."""
+    """AutoencoderKL, 32x96 pictures to 4x8x24 latents; scaling_factor makes their deviation 1."""
     torch.manual_seed(10)
     generator = torch.Generator().manual_seed(10)
-    vae = AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        sample_size=[world.HEIGHT, world.WIDTH]).train()
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=[world.HEIGHT, world.WIDTH]).train()
 
     def loss(step):
         images = 2 * world.sample(torch.randint(len(world.WORDS), (8,), generator=generator), generator) - 1
@@ -78,32 +80,34 @@ def build_vae(folder):
     train("vae", list(vae.parameters()), 1600, 2e-3, loss)
     vae.eval()
     with torch.no_grad():
-        latents = vae.encode(2 * world.sample(torch.arange(len(world.WORDS)), generator) - 1).latent_dist.mode()
+        images = world.sample(torch.arange(len(world.WORDS)), generator)
+        latents = vae.encode(2 * images - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(folder)
 
 
 def build_pipeline(folder, vae_folder, stop=UNET_STOP):
-    """UNet and text encoder, trained together to predict the noise; the saved weights are a moving average."""
+    """UNet and text encoder, trained together to predict the noise; a moving average is saved."""
     torch.manual_seed(11)
     generator = torch.Generator().manual_seed(11)
     words, vae = tokenizer(), AutoencoderKL.from_pretrained(vae_folder).eval()
-    vae.register_to_config(_name_or_path="vae")                        # else this machine's path would be saved
-    # eos_token_id must be the real one: CLIPTextModel pools at its first occurrence (the value 2 means an older rule).
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=TOKENS, hidden_act="gelu", projection_dim=64, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id))
-    unet = UNet2DConditionModel(sample_size=[world.HEIGHT // 4, world.WIDTH // 4], block_out_channels=(48, 96),
-                                layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
-                                down_block_types=("CrossAttnDownBlock2D",) * 2,
-                                up_block_types=("CrossAttnUpBlock2D",) * 2)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
-    drawn = torch.arange(len(world.WORDS)).repeat(150)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * world.sample(part, generator) - 1).latent_dist.mode()
-                             for part in tqdm(drawn.split(100), desc="encode", file=sys.stdout, mininterval=5)])
+    vae.register_to_config(_name_or_path="vae")    # else this machine's path would be saved
+    text = CLIPTextModel(CLIPTextConfig(    # eos_token_id must be the real one, see build.py
+        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="gelu", projection_dim=64,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id))
+    unet = UNet2DConditionModel(
+        sample_size=[world.HEIGHT // 4, world.WIDTH // 4], block_out_channels=(48, 96), layers_per_block=1,
+        cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
+    drawn, latents = torch.arange(len(world.WORDS)).repeat(150), []
+    for part in tqdm(drawn.split(100), desc="encode", file=sys.stdout, mininterval=5):
+        with torch.no_grad():
+            latents.append(vae.encode(2 * world.sample(part, generator) - 1).latent_dist.mode())
+    latents = torch.cat(latents)
     latents = latents * vae.config.scaling_factor
     ids, empty = tokens(words, world.PROMPTS), tokens(words, [""])
     parameters = list(unet.parameters()) + list(text.parameters())
@@ -116,7 +120,7 @@ def build_pipeline(folder, vae_folder, stop=UNET_STOP):
         pick = torch.randint(len(latents), (32,), generator=generator)
         x, noise = latents[pick], torch.randn(32, *latents.shape[1:], generator=generator)
         t = torch.randint(scheduler.config.num_train_timesteps, (32,), generator=generator)
-        drop = torch.rand(32, 1, generator=generator) < 0.1            # for classifier-free guidance
+        drop = torch.rand(32, 1, generator=generator) < 0.1    # for classifier-free guidance
         embeds = text(torch.where(drop, empty, ids[drawn[pick]])).last_hidden_state
         error = unet(scheduler.add_noise(x, noise, t), t, embeds).sample - noise
         return (weight[t] * error.square().mean((1, 2, 3))).mean()
@@ -128,9 +132,11 @@ def build_pipeline(folder, vae_folder, stop=UNET_STOP):
     with torch.no_grad():
         for p, mean in zip(parameters, average):
             p.copy_(mean)
-    StableDiffusionPipeline(vae=vae.half(), text_encoder=text.eval().half(), tokenizer=words, unet=unet.eval().half(),
-                            scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    # Half precision on disk, for its size. diffusers loads it as float32 again; transformers would not.
+    StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=text.eval(), tokenizer=words, unet=unet.eval().half(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -141,19 +147,21 @@ def measure():
     generator = torch.Generator().manual_seed(1000)
     words = torch.arange(len(world.WORDS)).repeat(4)
     prompts = [world.PROMPTS[word] for word in words]
-    pipe = StableDiffusionPipeline.from_pretrained(HERE, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(HERE, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     real = world.sample(words, generator)
     latents = pipe.vae.encode(2 * real - 1).latent_dist.mode()
     decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    base = pipe(prompts, num_inference_steps=10, guidance_scale=3.0, output_type="pt", generator=generator).images
+    base = pipe(prompts, num_inference_steps=10, guidance_scale=3.0, output_type="pt",
+                generator=generator).images
     print(f"autoencoder: {-10 * F.mse_loss(decoded, real).log10():.1f} dB")
     rewards = {name: rsaft.make_reward(name) for name in ("ocr_likelihood", "ocr", "ocr_v4")}
     for name, images in {"real": real, "autoencoded": decoded, "base model": base}.items():
         verdict = world.oracle(images, prompts)
-        row = [f"oracle accuracy {verdict['accuracy'].mean():.2f} correlation {verdict['correlation'].mean():.3f}"]
+        row = [f"oracle {key} {value.mean():.3f}" for key, value in verdict.items()]
         for reader, reward in rewards.items():
-            scores = torch.cat([reward(images[i:i + 20], prompts[i:i + 20]) for i in range(0, len(prompts), 20)])
+            scores = torch.cat([reward(images[i:i + 20], prompts[i:i + 20])
+                                for i in range(0, len(prompts), 20)])
             row.append(f"{reader} {scores.mean():.3f}")
             if reader != "ocr_likelihood":
                 row[-1] += f" of the letters, {(scores == 1).float().mean():.2f} of the words"
@@ -161,7 +169,7 @@ def measure():
 
 
 def main():
-    """Build what is missing. The pipeline is made in a folder apart and moved when it is whole, its index last."""
+    """Build what is missing. The pipeline is made in a folder apart and moved when whole, its index last."""
     if not (HERE / "glyphs.safetensors").exists():
         build_glyphs(HERE / "glyphs.safetensors")
     if not (HERE / "prompts.txt").exists():

@@ -1,7 +1,8 @@
-"""A small world of drawn words, and an oracle that no optimiser can fool: it compares pictures with renderings.
+"""A small world of drawn words, and an oracle that can't be fooled: it compares pictures with renderings.
 
-A picture is 32x96 RGB and shows a word of four letters, dark on a light ground, in one of three bold fonts and
-three sizes. Its prompt is `the word "SALE"`. The letters' masks are in glyphs.safetensors: no font is needed.
+A picture is 32x96 RGB and shows a word of four letters, dark on a light ground, in one of three bold fonts
+and three sizes. Its prompt is `the word "SALE"`. The letters' masks are in glyphs.safetensors, so no font is
+needed.
 """
 import functools
 import re
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 HEIGHT, WIDTH = 32, 96
-SHIFT_Y, SHIFT_X = 2, 4                     # a word lies up to so many pixels off the middle
+SHIFT_Y, SHIFT_X = 2, 4      # a word lies up to so many pixels off the middle
+BEARING = 2                  # where in its mask a letter begins, in pixels: some reach left of it
 LETTERS = "AEILNOPRST"
-WORDS = ("AREA EARN EAST EASE ELSE IRIS IRON ISLE LANE LAST LATE LINE LION LIST LOAN LOOP LOSE NAIL NEAR NEST "
-         "NINE NOON NOSE NOTE OATS OPAL OPEN ORAL PAIR PALE PART PEAR PINE POET PORT POST RAIL RAIN REST RISE "
-         "ROOT ROSE SAIL SALT SEAL SENT SOIL SOLO SPIN STAR STEP STOP TAIL TENT TILE TOES TONE TRAP TREE TRIO").split()
+WORDS = ("AREA EARN EAST EASE ELSE IRIS IRON ISLE LANE LAST LATE LINE LION LIST LOAN LOOP LOSE NAIL NEAR "
+         "NEST NINE NOON NOSE NOTE OATS OPAL OPEN ORAL PAIR PALE PART PEAR PINE POET PORT POST RAIL RAIN "
+         "REST RISE ROOT ROSE SAIL SALT SEAL SENT SOIL SOLO SPIN STAR STEP STOP TAIL TENT TILE TOES TONE "
+         "TRAP TREE TRIO").split()
 PROMPTS = [f'the word "{word}"' for word in WORDS]
 
 
@@ -48,13 +51,11 @@ def renderings(word):
     return canvas.clamp(max=1)
 
 
-BEARING = 2      # where in its mask a letter's origin is, in pixels: some letters reach left of it
-
-
 def sample(words, generator):
-    """Pictures as a data set would have them: font, size, place and tints vary, and there is a little noise.
+    """Pictures as a data set would have them: font, size, place and tints vary, there is a little noise.
 
-    words: (B,) long tensor of indices into WORDS; generator: a torch.Generator. Returns (B, 3, 32, 96) in [0, 1].
+    words: (B,) long tensor of indices into WORDS; generator: a torch.Generator.
+    Returns (B, 3, 32, 96) in [0, 1].
     """
     n = len(words)
     which = torch.randint(9, (n,), generator=generator).tolist()
@@ -84,19 +85,19 @@ def rivals(word):
 
 
 def correlations(image, words):
-    """How well each of `words` explains a picture, at best over fonts, sizes, places and colours, (len(words),).
+    """How well each of `words` explains a picture, at best over fonts, sizes, places and colours.
 
-    image: (3, 32, 96) in [0, 1]. A value in [0, 1]: the multiple correlation of the picture's values with
-    ground + (ink - ground) * rendering, where each channel has the ground and ink that fit it best.
+    image: (3, 32, 96) in [0, 1]. Returns (len(words),), in [0, 1]: the multiple correlation of the picture
+    with ground + (ink - ground) * rendering, where each channel has the ground and the ink that fit it best.
     """
-    # The shift is made on the picture's side, in a frame of zeros: <picture, shifted word> is then one product of
-    # matrices. A word's own sums don't depend on the shift, as it stays within the picture.
-    mask = torch.cat([renderings(word) for word in words]).flatten(1)                        # (9 n, 36 * 104)
+    # It is the picture that is shifted, in a frame of zeros: all inner products with words are then one
+    # product of matrices. A word's own sums don't depend on its place, as it stays within the picture.
+    mask = torch.cat([renderings(word) for word in words]).flatten(1)             # (9 n, 36 * 104)
     centred = image - image.mean((1, 2), keepdim=True)
     shifted = torch.stack([F.pad(centred, (x, 2 * SHIFT_X - x, y, 2 * SHIFT_Y - y))
-                           for y in range(2 * SHIFT_Y + 1) for x in range(2 * SHIFT_X + 1)])  # (45, 3, 36, 104)
-    covariance = shifted.flatten(2) @ mask.T                                                 # (45, 3, 9 n)
-    spread = mask.square().sum(1) - mask.sum(1).square() / (HEIGHT * WIDTH)                  # (9 n,)
+                           for y in range(2 * SHIFT_Y + 1) for x in range(2 * SHIFT_X + 1)])
+    covariance = shifted.flatten(2) @ mask.T                                      # (45, 3, 9 n)
+    spread = mask.square().sum(1) - mask.sum(1).square() / (HEIGHT * WIDTH)       # (9 n,)
     explained = covariance.square().sum(1) / (spread * centred.square().sum()).clamp_min(1e-12)
     return explained.amax(0).view(len(words), -1).amax(1).clamp(0, 1).sqrt()
 
@@ -104,9 +105,10 @@ def correlations(image, words):
 def oracle(images, prompts):
     """What pictures are truly worth for their prompts. Not differentiable: it judges, it can't be trained on.
 
-    images: (B, 3, 32, 96) in [0, 1]; prompts: B prompts of this world. Returns {"accuracy": (B,), "correlation":
-    (B,)}: 1 where no rival is nearer than the wanted word, else 0, and the correlation with the nearest rendering
-    of the wanted word. Raises ValueError for a prompt or a size that is not of this world.
+    images: (B, 3, 32, 96) in [0, 1]; prompts: B prompts of this world, for any four of its letters.
+    Returns {"accuracy": (B,), "correlation": (B,)}: 1 where no rival is nearer than the wanted word, else 0;
+    the correlation with the nearest rendering of the wanted word. Raises ValueError for a prompt or a size
+    that is not of this world.
     """
     if images.shape[1:] != (3, HEIGHT, WIDTH):
         raise ValueError(f"the oracle of the words judges pictures of 3x{HEIGHT}x{WIDTH}, not "

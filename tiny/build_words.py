@@ -24,7 +24,7 @@ from words import world
 HERE = Path(__file__).parent / "words"
 FONTS, SIZES = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold"), (20, 22, 24)
 TOKENS = 12                           # length of a padded prompt
-UNET_STEPS, UNET_STOP = 3000, 1800    # stopped early on purpose: a base model that leaves room to improve
+UNET_STEPS, UNET_STOP = 3000, 1700    # stopped early on purpose: a base model that leaves room to improve
 
 
 def build_glyphs(path):

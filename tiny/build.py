@@ -9,6 +9,8 @@ it anew. Each part has its own seed. At the end, or at once when nothing is miss
                          AutoencoderKL
     stable-diffusion-3/  StableDiffusion3Pipeline, flow matching: two CLIPTextModelWithProjection, no T5,
                          SD3Transformer2DModel, and the autoencoder of stable-diffusion/
+
+`python tiny/build.py words` makes the world of words instead, see build_words.py.
 """
 import shutil
 import sys
@@ -301,4 +303,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["words"]:                 # the other small world
+        from build_words import main
     main()

@@ -51,7 +51,7 @@ def make_reader(models):
     return read
 
 
-def load(sources, device, models=MODELS):
+def load(folders, device, models=MODELS):
     read = make_reader(models)
     return lambda images, prompts: torch.tensor([right_letters(wanted_text(prompt), text)
                                                  for prompt, text in zip(prompts, read(images))])

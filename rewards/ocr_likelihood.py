@@ -114,6 +114,6 @@ def random_views(images, prompts):
     return views + 0.1 * strength * noise.to(images)
 
 
-def load(sources, device):
+def load(folders, device):
     recogniser(torch.device(device))
     return log_likelihood

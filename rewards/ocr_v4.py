@@ -10,5 +10,5 @@ MODELS = {"Det": package_file("rapidocr_onnxruntime", "models/ch_PP-OCRv4_det_in
           "Rec": package_file("rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx")}
 
 
-def load(sources, device):
-    return ocr.load(sources, device, MODELS)
+def load(folders, device):
+    return ocr.load(folders, device, MODELS)

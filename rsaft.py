@@ -779,8 +779,8 @@ def hub_problem(model, error):
     response = next((cause.response for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
     why = in_words(causes[-1]) if response is None else f"status {response.status_code}"
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    stop = RunStopped(f"{model} can't be had from the hub ({why}); try again, or name local folders (--model "
-                      "and --models), or try --tiny")
+    stop = RunStopped(f"{model} is no folder here and can't be had from the hub ({why}); try again, or name "
+                      "local folders (--model and --models), or try --tiny")
     return stop, min(int(asked), 10) if asked.isdigit() else 1
 
 
@@ -1695,8 +1695,8 @@ def add_common_flags(parser):
     parser.flags("training", [
         ("--train-steps", 200, "number of updates; ours", number(int, 1, 10 ** 9)),
         ("--batch-size", 32, "pictures per update; paper: 32", COUNT),
-        ("--learning-rate", 3e-4, "of AdamW; paper: 2e-05, for all weights as far as known; ours moves the "
-         "adapted ones as far", AMOUNT),
+        ("--learning-rate", 3e-4, "of AdamW; the paper's 2e-05 is, as far as known, for all weights; ours "
+         "moves the adapted ones as far", AMOUNT),
         ("--weight-decay", 1e-4, "of AdamW; paper: 0.0001", AMOUNT_OR_0),
         ("--max-grad-norm", 1.0, "clip the gradient to this norm; ours", AMOUNT),
         ("--rank", 16, "of the LoRA adapter; ours", COUNT),

@@ -22,9 +22,20 @@ OPEN_CLIP = (  # open_clip's names to those of transformers' CLIPModel
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 
 
-def load(folders, device):
+def make_vit_h(state, tokenizer_source):
+    """A frozen CLIPModel of the shape VIT_H with these weights, under transformers' names, all of them."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
     from transformers.initialization import no_init_weights
+    config = CLIPConfig(**VIT_H)
+    # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
+    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(tokenizer_source).eos_token_id
+    with no_init_weights():    # all are loaded: random numbers for a billion weights would take seconds
+        model = CLIPModel(config)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def load(folders, device):
     name, = [name for name in folders if name.endswith(".pt")]
     state = renamed(load_original(folders, name)["state_dict"], OPEN_CLIP)
     for key in [key for key in state if ".attn.in_proj_" in key]:
@@ -32,10 +43,5 @@ def load(folders, device):
             state[key.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part
     for key in "visual_projection.weight", "text_projection.weight":
         state[key] = state[key].T.contiguous()
-    config = CLIPConfig(**VIT_H)
-    # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
-    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(folders["tokenizer_config.json"]).eos_token_id
-    with no_init_weights():    # all are loaded: random numbers for a billion weights would take seconds
-        model = CLIPModel(config)
-    model.load_state_dict(state)
-    return clip_reward(model.eval().requires_grad_(False), folders["tokenizer_config.json"], device, 100.0, pad=True)
+    model = make_vit_h(state, folders["tokenizer_config.json"])
+    return clip_reward(model, folders["tokenizer_config.json"], device, 100.0, pad=True)

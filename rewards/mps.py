@@ -55,19 +55,14 @@ def cross_layer(cross, own, x, text, mask):
 
 
 def load(folders, device):
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-    from transformers.initialization import no_init_weights
     state = load_file(Path(folders["model.safetensors"], "model.safetensors"))
     layers = [[[state.pop(f"mps.cross_model.layers.{i}.{j}.fn.{name}").to(device) for name in names]
                for j, names in enumerate((CROSS, OWN))] for i in range(LAYERS)]
-    config, tokenizer = CLIPConfig(**hpsv2.VIT_H), folders["tokenizer_config.json"]
-    config.text_config.eos_token_id = AutoTokenizer.from_pretrained(tokenizer).eos_token_id    # see hpsv2.py
-    with no_init_weights():    # all are loaded: random numbers for a billion weights would take seconds
-        model = CLIPModel(config)
-    model.load_state_dict({key.removeprefix("mps.model."): tensor for key, tensor in state.items()})
-    model.to(device).eval().requires_grad_(False)
-    size, length = config.vision_config.image_size, config.text_config.max_position_embeddings
-    tokenize = make_tokenize(tokenizer, length, device)
+    state = {key.removeprefix("mps.model."): tensor for key, tensor in state.items()}
+    tokenizer = folders["tokenizer_config.json"]
+    model = hpsv2.make_vit_h(state, tokenizer).to(device)
+    size = model.config.vision_config.image_size
+    tokenize = make_tokenize(tokenizer, model.config.text_config.max_position_embeddings, device)
 
     def read(prompts):
         """Every token's embedding, and the prompt's."""

@@ -84,13 +84,14 @@ def tokenizer():
 
 
 def tokens(tokenizer, prompts):
-    return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                     return_tensors="pt").input_ids
 
 
 def text_config(tokenizer, width=64):
     # eos_token_id must be the real one: CLIPTextModel pools at its first occurrence (the value 2 means an older rule).
     return dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="gelu",
+                num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
 
@@ -136,24 +137,27 @@ def build_clip(folder, name, seed, steps, augmented=False, pictures=None):
     words.save_pretrained(folder)
 
 
-def build_vae(folder):
-    """AutoencoderKL, 32x32 pictures to 4x8x8 latents; scaling_factor makes the latents' standard deviation 1."""
-    torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(2)
+def build_vae(folder, sample=sample, kinds=len(CAPTIONS), size=SIZE, seed=2, steps=3000, batch=16):
+    """AutoencoderKL with 4 channels and a quarter of the side; scaling_factor makes the latents' deviation 1.
+
+    sample: a function of numbers below `kinds`, (B,), and a generator to pictures of `size`.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        sample_size=SIZE).train()
+                        sample_size=size).train()
 
     def loss(step):
-        images = 2 * sample(torch.randint(len(CAPTIONS), (16,), generator=generator), generator) - 1
+        images = 2 * sample(torch.randint(kinds, (batch,), generator=generator), generator) - 1
         latents = vae.encode(images).latent_dist
         error = vae.decode(latents.sample(generator)).sample - images
         return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * latents.kl().mean()
 
-    train("vae", list(vae.parameters()), 3000, 2e-3, loss)
+    train("vae", list(vae.parameters()), steps, 2e-3, loss)
     vae.eval()
     with torch.no_grad():
-        latents = vae.encode(2 * sample(torch.arange(len(CAPTIONS)), generator) - 1).latent_dist.mode()
+        latents = vae.encode(2 * sample(torch.arange(kinds), generator) - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(folder)
 
@@ -164,16 +168,21 @@ def load_vae(folder):
     return vae
 
 
-def encode_pictures(vae, generator):
-    """The data set of a diffusion model: 200 pictures of each caption, encoded, not yet scaled.
+def encode_pictures(vae, generator, sample=sample, kinds=len(CAPTIONS), each=200, batch=288):
+    """The data set of a diffusion model: `each` pictures of every kind, encoded, not yet scaled.
 
-    Returns the captions, (14400,) indices, and the latents, (14400, 4, 8, 8).
+    Returns the numbers of their kinds, (kinds each,), and the latents, (kinds each, 4, h, w).
     """
-    captions = torch.arange(len(CAPTIONS)).repeat(200)
+    numbers = torch.arange(kinds).repeat(each)
     with torch.no_grad():
-        parts = tqdm(captions.split(288), desc="encode", file=sys.stdout, mininterval=5)
-        return captions, torch.cat([vae.encode(2 * sample(part, generator) - 1).latent_dist.mode()
-                                    for part in parts])
+        parts = tqdm(numbers.split(batch), desc="encode", file=sys.stdout, mininterval=5)
+        return numbers, torch.cat([vae.encode(2 * sample(part, generator) - 1).latent_dist.mode()
+                                   for part in parts])
+
+
+def make_scheduler():
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
 
 
 def build_unet(folder, vae_folder, stop=UNET_STOP):
@@ -186,8 +195,7 @@ def build_unet(folder, vae_folder, stop=UNET_STOP):
                                 cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
                                 down_block_types=("CrossAttnDownBlock2D",) * 2,
                                 up_block_types=("CrossAttnUpBlock2D",) * 2)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
+    scheduler = make_scheduler()
     captions, latents = encode_pictures(vae, generator)
     latents = latents * vae.config.scaling_factor
     ids, empty = tokens(words, CAPTIONS), tokens(words, [""])

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from build import train            # first: it quiets the libraries
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+# First, as it quiets the libraries.
+from build import build_vae, encode_pictures, load_vae, make_scheduler, text_config, tokens, train
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from words import world
 
@@ -57,61 +57,21 @@ def tokenizer():
                          model_max_length=TOKENS)
 
 
-def tokens(tokenizer, prompts):
-    return tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True,
-                     return_tensors="pt").input_ids
-
-
-def build_vae(folder):
-    """AutoencoderKL, 32x96 pictures to 4x8x24 latents; scaling_factor makes their deviation 1."""
-    torch.manual_seed(10)
-    generator = torch.Generator().manual_seed(10)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=[world.HEIGHT, world.WIDTH]).train()
-
-    def loss(step):
-        images = 2 * world.sample(torch.randint(len(world.WORDS), (8,), generator=generator), generator) - 1
-        latents = vae.encode(images).latent_dist
-        error = vae.decode(latents.sample(generator)).sample - images
-        return error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * latents.kl().mean()
-
-    train("vae", list(vae.parameters()), 1600, 2e-3, loss)
-    vae.eval()
-    with torch.no_grad():
-        images = world.sample(torch.arange(len(world.WORDS)), generator)
-        latents = vae.encode(2 * images - 1).latent_dist.mode()
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    vae.save_pretrained(folder)
-
-
 def build_pipeline(folder, vae_folder, stop=UNET_STOP):
     """UNet and text encoder, trained together to predict the noise; a moving average is saved."""
     torch.manual_seed(11)
     generator = torch.Generator().manual_seed(11)
-    words, vae = tokenizer(), AutoencoderKL.from_pretrained(vae_folder).eval()
-    vae.register_to_config(_name_or_path="vae")    # else this machine's path would be saved
-    text = CLIPTextModel(CLIPTextConfig(    # eos_token_id must be the real one, see build.py
-        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="gelu", projection_dim=64,
-        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id))
+    words, vae = tokenizer(), load_vae(vae_folder)
+    text = CLIPTextModel(CLIPTextConfig(**text_config(words), projection_dim=64))
     unet = UNet2DConditionModel(
         sample_size=[world.HEIGHT // 4, world.WIDTH // 4], block_out_channels=(48, 96), layers_per_block=1,
         cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
-    drawn, latents = torch.arange(len(world.WORDS)).repeat(150), []
-    for part in tqdm(drawn.split(100), desc="encode", file=sys.stdout, mininterval=5):
-        with torch.no_grad():
-            latents.append(vae.encode(2 * world.sample(part, generator) - 1).latent_dist.mode())
-    latents = torch.cat(latents)
+    scheduler = make_scheduler()
+    drawn, latents = encode_pictures(vae, generator, world.sample, len(world.WORDS), each=150, batch=100)
     latents = latents * vae.config.scaling_factor
     ids, empty = tokens(words, world.PROMPTS), tokens(words, [""])
     parameters = list(unet.parameters()) + list(text.parameters())
-    average = [p.detach().clone() for p in parameters]
     # Min-SNR weighting (arXiv 2303.09556): else what little noise the last steps have outweighs the letters.
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = snr.clamp(max=5) / snr
@@ -125,13 +85,7 @@ def build_pipeline(folder, vae_folder, stop=UNET_STOP):
         error = unet(scheduler.add_noise(x, noise, t), t, embeds).sample - noise
         return (weight[t] * error.square().mean((1, 2, 3))).mean()
 
-    def after():
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
-
-    train("unet", parameters, UNET_STEPS, 2e-3, loss, stop, after)
-    with torch.no_grad():
-        for p, mean in zip(parameters, average):
-            p.copy_(mean)
+    train("unet", parameters, UNET_STEPS, 2e-3, loss, stop, average=0.01)
     # Half precision on disk, for its size. diffusers loads it as float32 again; transformers would not.
     StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text.eval(), tokenizer=words, unet=unet.eval().half(),
@@ -181,7 +135,8 @@ def main():
     else:
         if not vae.exists():
             partial = HERE.with_name("words.vae.partial")
-            build_vae(partial)
+            size = [world.HEIGHT, world.WIDTH]
+            build_vae(partial, world.sample, len(world.WORDS), size, seed=10, steps=1600, batch=8)
             partial.rename(vae)
         build_pipeline(pipeline, vae)
         for part in sorted(pipeline.iterdir(), key=lambda part: part.name == "model_index.json"):

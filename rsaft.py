@@ -821,7 +821,7 @@ class Backbone:
     def files(cls):
         """Name patterns of the files that are loaded."""
         small, large = ("scheduler", *cls.tokenizer_names()), (*cls.encoder_names, "vae", cls.network_name)
-        return [*CONFIGS, *(f"{part}/*" for part in small),
+        return ["model_index.json", *(f"{part}/*" for part in small),
                 *(f"{part}/{pattern}" for part in large for pattern in WEIGHTS)]
 
     @classmethod

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 

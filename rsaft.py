@@ -48,6 +48,7 @@ from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -1235,13 +1236,24 @@ class Evaluation:
         return values, pictures
 
 
-def is_hacking(trained, held_out, patience=3):
-    """The alarm: over the last `patience` evaluations in a row the reward rose and the held-out score fell.
+def change_since_best(history):
+    """How a held-out score has changed since its best evaluation, and what change chance doesn't explain.
 
-    trained, held_out: the two scores at each evaluation so far, equally long lists.
+    history: (k, N), the scores of the same N pictures at each of k evaluations, both at least 2. Returns the
+    best evaluation before the last, an index; the last one's mean change to it; the standard error of that
+    over the pictures, each compared with itself; the change below which to raise an alarm.
+
+    A score that doesn't change goes up and down all the same, and the best was chosen for being high. So the
+    k - 1 comparisons that the one at evaluation k may be share a chance of 0.05 / (k (k - 1)) of ringing
+    wrongly; these add up to 5 percent, however long the run.
     """
-    pairs = list(zip(trained, held_out))[-patience - 1:]
-    return len(pairs) > patience and all(r1 > r0 and h1 < h0 for (r0, h0), (r1, h1) in zip(pairs, pairs[1:]))
+    k, N = history.shape
+    best = history[:-1].mean(1).argmax().item()
+    change = history[-1] - history[best]
+    error = change.std().item() / N ** 0.5
+    z = NormalDist().inv_cdf(1 - 0.05 / (k * (k - 1) ** 2))
+    t = z + (z ** 3 + z) / (4 * (N - 1))                       # Student's, to first order in 1 / (N - 1)
+    return best, change.mean().item(), error, -t * error
 
 
 def make_grid(images, columns=4):
@@ -1262,10 +1274,11 @@ def make_grid(images, columns=4):
 
 CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors", ".lock"
 # On resume these may change; device and batch sizes then change no more than the last bits.
-MAY_CHANGE = {"train_steps", "stop_on_hacking", "gradient_checkpointing", "out", "versions", "device",
+MAY_CHANGE = {"train_steps", "stop_on_alarm", "gradient_checkpointing", "out", "versions", "device",
               "micro_batch_size", "sampling_batch_size"}
+# Names in the log that a reward can't have.
 LOG_NAMES = {"step", "reward", "worst_reward", "fall_predicted", "fall_measured", "noise_norm", "sam_norm",
-             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "pictures"}    # reserved
+             "grad_norm", "seconds", "peak_gb", "eval", "s1", "best", "alarm", "since_best", "pictures"}
 
 
 def say(text):
@@ -1403,7 +1416,7 @@ class Run:
             due = settings.eval_every and (done or step % settings.eval_every == 0)
             if due and step not in [line["step"] for line in self.evaluations]:
                 self.evaluate(step)
-            if done or settings.stop_on_hacking and any(line["alarm"] for line in self.evaluations):
+            if done or settings.stop_on_alarm and any(line["alarm"] for line in self.evaluations):
                 break
             self.counts.clear()
             self.doing = f"reward={self.updates[-1]['reward']:.3f}" if self.updates else "update 1"
@@ -1446,23 +1459,38 @@ class Run:
         self.doing = "evaluating"
         values, pictures = self.evaluation()
         means = {name: value.mean().item() for name, value in values.items()}
-        past = [*self.evaluations, means]
-        trained = [sum(weight * then[name] for name, weight in scores.weights.items()) for then in past]
-        alarm = judge is not None and is_hacking(trained, [then[judge] for then in past])
         if not self.has_header:
             self.has_header = True
             say("  step" + "".join(f"{name:>{max(8, len(name)) + 2}}" for name in means))
         row = "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items())
-        say(f"{step:6d}{row}{'   ALARM: reward hacking' if alarm else ''}")
+        say(f"{step:6d}{row}")
+        line = {"eval": True, "step": step, **means, "alarm": None}
+        if judge and self.evaluations and len(self.evaluation.prompts) > 1:
+            line |= self.compare_with_best(means, values[judge])
         if judge and (not self.best or means[judge] > self.best["score"]):
             self.best = {"step": step, "judge": judge, "score": means[judge], "adapter": self.copy_adapter()}
-        self.evaluations.append({"eval": True, "step": step, **means, "alarm": alarm,
-                                 "pictures": {name: value.tolist() for name, value in values.items()}})
+        line["pictures"] = {name: value.tolist() for name, value in values.items()}
+        self.evaluations.append(line)
         if process_index() == 0:
             prompts = "".join(f"{prompt}\n" for prompt in self.evaluation.prompts[:GRID])
             write_atomic(self.out / "samples/prompts.txt", prompts.encode())
             write_atomic(self.out / f"samples/step_{step:06d}.png", make_grid(pictures))
         self.save()
+
+    def compare_with_best(self, means, held_out):
+        """For the log: the first held-out score since its best evaluation, and the alarm that it raises."""
+        scores = self.evaluation.scores
+        history = [line["pictures"][scores.judge] for line in self.evaluations] + [held_out.tolist()]
+        best, change, error, lowest = change_since_best(torch.tensor(history, dtype=torch.float64))
+        then, alarm = self.evaluations[best], None
+        gain = sum(weight * (means[name] - then[name]) for name, weight in scores.weights.items())
+        if change < lowest:
+            alarm = "hacking" if gain > 0 else "breaking"
+            rest = "the reward rose" if gain > 0 else "the reward didn't rise; lower the learning rate"
+            say(f"ALARM, {alarm}: since step {then['step']} {scores.judge} fell by {-change:.3f} +- "
+                f"{error:.3f}, and {rest}")
+        return {"alarm": alarm, "since_best": {"step": then["step"], "reward": gain, "held_out": change,
+                                               "error": error, "alarm_below": lowest}}
 
     def report(self):
         """What a user reads at the end."""
@@ -1478,10 +1506,10 @@ class Run:
                 say(f"{f'{name} ({role})':>28}{before.mean():10.3f}{after.mean():10.3f}{change.mean():10.3f}"
                     f"{error:8.3f}")
         if best:
-            alarms = ", ".join(str(line["step"]) for line in self.evaluations if line["alarm"])
+            alarms = ", ".join(f"{line['alarm']} at step {line['step']}" for line in self.evaluations
+                               if line["alarm"])
             say(f"best {best['judge']}: {best['score']:.3f} after update {best['step']}, in {self.out}/best")
-            say(f"ALARM: reward hacking at step {alarms}, the reward rose and {best['judge']} fell" if alarms
-                else "no alarm")
+            say(f"ALARM: {alarms}" if alarms else "no alarm")
         else:
             say("nothing held out was measured, so reward hacking could not be seen; see --eval-reward")
         say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:\n"
@@ -1553,8 +1581,8 @@ def check(settings):
             find_reward(name, settings.models, sum(prompts, []))
         elif not own_file(name).is_file():
             raise UserError(f"reward {name}: there is no file {own_file(name)}")
-    if settings.stop_on_hacking and not (settings.eval_every and settings.eval_reward):
-        raise UserError("--stop-on-hacking needs evaluations, --eval-every, and a held-out --eval-reward")
+    if settings.stop_on_alarm and not (settings.eval_every and settings.eval_reward):
+        raise UserError("--stop-on-alarm needs evaluations, --eval-every, and a held-out --eval-reward")
 
     free = (f"runs/{number:03d}" for number in itertools.count() if not Path(f"runs/{number:03d}").exists())
     settings.out = settings.out or next(free)
@@ -1683,8 +1711,8 @@ def add_common_flags(parser):
         ("--tiny", False, "the small models of tiny/, and defaults for a CPU", SWITCH),
         ("--reward", ["pickscore"], "what is maximised, NAME[=WEIGHT] or FILE.py:FUNCTION, a sum of several; "
          "paper: hpsv2", NAMES),
-        ("--eval-reward", [], "held out, never trained on; the first one picks best/ and raises the alarm; "
-         "paper: hpsv2.1 pickscore imagereward", NAMES),
+        ("--eval-reward", [], "held out, never trained on; the first one picks best/, and raises the alarm "
+         "where it falls; paper: hpsv2.1 pickscore imagereward", NAMES),
         ("--prompts", str(HERE / "prompts.txt"), "a text file, one prompt a line", FILE),
         ("--eval-prompts", None, "another one for the evaluations", FILE)])
     parser.flags("sampling (without a default: the model's own)", [
@@ -1711,7 +1739,7 @@ def add_common_flags(parser):
     parser.flags("evaluation and results (ours)", [
         ("--eval-every", 20, "updates between evaluations; 0: no evaluation at all", COUNT_OR_0),
         ("--eval-images", 32, "pictures per evaluation", COUNT),
-        ("--stop-on-hacking", False, "end the run when the alarm is raised", SWITCH),
+        ("--stop-on-alarm", False, "end the run when the alarm is raised", SWITCH),
         ("--out", None, "the run's folder, where a stopped one goes on (without: a new runs/NNN)", FOLDER)])
 
 

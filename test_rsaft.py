@@ -1576,25 +1576,59 @@ def test_rewards_are_mixed_as_a_weighted_sum_and_each_is_logged_by_its_name(tmp_
     assert mixed == pytest.approx(0.5 * one - 3 * two, rel=1e-5)
 
 
-def test_the_alarm_needs_three_evaluations_in_a_row_with_the_reward_up_and_the_judge_down():
-    rising = [1, 2, 3, 4, 5]
-    assert rsaft.is_hacking(rising, [9, 9, 8, 7, 6]) and rsaft.is_hacking(rising[:4], [4, 3, 2, 1])
-    assert not rsaft.is_hacking(rising[:3], [4, 3, 2])                             # too early to tell
-    assert not rsaft.is_hacking(rising, [9, 8, 7, 6, 7])                           # the judge recovered
-    assert not rsaft.is_hacking(rising, [5, 6, 7, 6, 5])                           # only two in a row
-    assert not rsaft.is_hacking([1, 2, 3, 2, 5], [9, 8, 7, 6, 5])                  # the reward fell as well
-    assert not rsaft.is_hacking(rising, [1, 2, 3, 4, 5]) and not rsaft.is_hacking([], [])
+def test_the_alarm_compares_each_picture_with_itself_at_the_best_evaluation():
+    base = 10 * torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wobble = torch.tensor([0.1, -0.1] * 25, dtype=torch.float64)
+    history = torch.stack([base, base + 1 + wobble, base + 0.9])
+    best, change, error, lowest = rsaft.change_since_best(history)
+    assert best == 1 and change == pytest.approx(-0.1) and error == pytest.approx(wobble.std() / 50 ** 0.5)
+    t = -lowest / error       # Student's quantile at 1 - 0.05 / (3 x 4), 49 degrees of freedom
+    assert t == pytest.approx(2.7496, abs=0.01)
+    assert change < lowest                          # the pictures differ by 10, but each fell by about 0.1
+    assert rsaft.change_since_best(history[:2])[1] > 0
+    again = rsaft.change_since_best(torch.stack([base, base]))
+    assert again[1] == 0 and not again[1] < again[3]            # no change at all: no alarm
+
+
+@pytest.mark.parametrize("walk", (False, True), ids=("ups and downs", "drift"))
+def test_a_run_in_which_nothing_changes_rings_in_at_most_5_percent(walk):
+    """2,000 runs of 11 evaluations of 32 pictures, the defaults: the mean stays, the pictures don't."""
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 11, 32, generator=rng, dtype=torch.float64)
+    runs = noise.cumsum(1) if walk else noise
+    rang = 0
+    for run in runs:
+        for k in range(2, 12):
+            _, change, _, lowest = rsaft.change_since_best(run[:k])
+            if change < lowest:
+                rang += 1
+                break
+    assert 0.02 < rang / 2000 <= 0.05, rang
+    falling = run - 2 * torch.arange(11)[:, None]              # and one that falls does
+    _, change, _, lowest = rsaft.change_since_best(falling)
+    assert change < lowest
+
+
+def test_a_run_that_breaks_is_told_from_one_that_hacks(tmp_path, capsys):
+    flags = ["--reward", "pickscore", "--eval-reward", "judge", "--eval-every", "1", "--eval-images", "24",
+             "--learning-rate", "1", "--train-steps", "2"]
+    assert small(tmp_path / "out", *flags) == 0
+    last = records(tmp_path / "out", evaluations=True)[-1]
+    assert last["alarm"] == "breaking" and last["since_best"]["reward"] < 0
+    assert "the reward didn't rise; lower the learning rate" in capsys.readouterr().out
 
 
 def test_a_run_made_to_be_fooled_raises_the_alarm_stops_and_keeps_its_best_adapter(tmp_path, mine, capsys):
     """What is held out is the opposite of what is trained on: the first adapter, doing nothing, is best."""
     flags = ["--reward", f"{mine}:brightness", "--eval-reward", f"{mine}:darkness", "--eval-every", "1",
-             "--learning-rate", "1e-2", "--train-steps", "9", "--stop-on-hacking"]
+             "--eval-images", "24", "--learning-rate", "1e-2", "--train-steps", "9", "--stop-on-alarm"]
     assert small(tmp_path / "out", *flags) == 0
     evaluations = records(tmp_path / "out", evaluations=True)
-    assert [record["alarm"] for record in evaluations] == [False] * (len(evaluations) - 1) + [True]
+    assert [record["alarm"] for record in evaluations] == [None] * (len(evaluations) - 1) + ["hacking"]
     assert len(records(tmp_path / "out")) == evaluations[-1]["step"] < 9
-    assert "ALARM: reward hacking at step" in capsys.readouterr().out
+    assert evaluations[-1]["since_best"]["held_out"] < evaluations[-1]["since_best"]["alarm_below"] < 0
+    output = capsys.readouterr().out
+    assert "ALARM, hacking: since step 0 darkness fell by" in output and "ALARM: hacking at step" in output
     best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
     assert best == {"step": 0, "darkness": evaluations[0]["darkness"]}
     kept = tensors(tmp_path / "out" / "best")
@@ -2079,7 +2113,7 @@ BAD = [
     (["--method", "dpo"], "--method"),
     (["--method", "refl", "--grad-steps", "10"], "--grad-steps 10"),
     (["--method", "drtune", "--grad-steps", "8"], "--grad-steps 8"),
-    (["--stop-on-hacking", "--eval-every", "0"], "--eval-every"),
+    (["--stop-on-alarm", "--eval-every", "0"], "--eval-every"),
     (["--eval-prompts", "missing.txt"], "missing.txt"), (["--eval-reward", "beauty"], "beauty"),
     (["--models", "nowhere"], "nowhere"), (["--models", "."], "pickscore"),
     (["--model", "."], "model_index.json"), (["--model", "./nowhere"], "nowhere"),

@@ -92,10 +92,11 @@ CONFIGURATIONS = {
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
     "twice as long": "", "gdro": "", "crd": "",
 }
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}    # times UPDATES; gdro's and crd's own defaults
+# Times UPDATES, of configurations and worlds; gdro's and crd's are their own defaults.
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "often": 4 / 3}
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}    # theirs are their defaults here too
 PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
-WORLDS = {"tiny": "", "again": "", "strong": "--model {worlds}/strong/stable-diffusion",
+WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
@@ -144,6 +145,11 @@ PARTS = {  # nothing was chosen on these seeds
 # differently.
 PARTS["again"] = replace(PARTS["fast"], world="again",
                          question="The runs of fast once more, rounded differently: how far does that carry?")
+# For the alarm, whose rule and threshold were fixed before; evaluated twice as often.
+PARTS["alarm"] = replace(PARTS["primary"], world="often", seeds=range(500, 516), configurations=TWO,
+                         hours=1.0, question="What does the alarm catch, and what is it worth to stop there?")
+PARTS["alarm-fast"] = replace(PARTS["alarm"], rate=FAST, gains=PARTS["fast"].gains,
+                              question="And at twice the rate, where runs break?")
 PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate,
                                 hours=0.2) for rate in (STABLE, FAST, SLOW)},
@@ -182,15 +188,24 @@ class Job:
         """The command line; what stands later wins."""
         own = split_flags(f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}", worlds)
         own += ["--method", self.method] if self.program is rsaft else []
-        steps = round(LONGER.get(self.configuration, 1) * rsaft.parse(settings).train_steps)
+        steps, every = self.budget(settings)
         return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed),
-                "--train-steps", str(steps), *own]
+                "--train-steps", str(steps), "--eval-every", str(every), *own]
+
+    @property
+    def longer(self):
+        return LONGER.get(self.configuration, LONGER.get(self.world, 1))
+
+    def budget(self, settings):
+        """Updates, and how many between evaluations."""
+        base = rsaft.parse(settings)
+        return round(self.longer * base.train_steps), base.eval_every // (2 if self.world == "often" else 1)
 
     @property
     def work(self):
         """Roughly, in plain runs: the second rollout of sam costs one more."""
         flags = CONFIGURATIONS[self.configuration]
-        return round((1 + ("--sam" in flags and "window" not in flags)) * LONGER.get(self.configuration, 1))
+        return round((1 + ("--sam" in flags and "window" not in flags)) * self.longer)
 
 
 def jobs_of(parts):
@@ -253,7 +268,7 @@ def measured(settings, evaluations, base):
     prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))
     # Before them are those of the random picture with which the judge was tried out, once per prompt.
     pictures = torch.cat(study_rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
-    return [{"alarm": False, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
+    return [{"alarm": None, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
              "kid": kid(x, base, prompts)}
             for scores, x in zip(evaluations, pictures.split(len(base)), strict=True)]
 
@@ -330,7 +345,7 @@ def read_rows(path):
                           row["configuration"])
                 numbers = {name: float(row[name] or "nan") for name in ("proxy", *MEASURES, "seconds")}
                 numbers |= {name: int(row[name]) for name in ("step", "network_evaluations")}
-                runs.setdefault(job, []).append({**numbers, "alarm": row["alarm"] == "True"})
+                runs.setdefault(job, []).append({**numbers, "alarm": row["alarm"] or None})
     return runs
 
 
@@ -457,18 +472,20 @@ def falls_back(judge, by=FALL_BACK):
     return max(judge) - judge[-1] > by
 
 
-def alarm_verdict(steps, accuracy, alarms):
-    """What a run's first alarm was worth, and how many updates after the oracle's best it came, if right.
+def alarm_verdict(rows):
+    """What the alarm was worth in a run, a dict.
 
-    "caught": the last oracle accuracy is more than HACKED below the best, and the alarm came after the best.
-    "false": there was an alarm all the same. "missed": the accuracy fell so far without one. "none": neither.
-    Lists by step.
+    hacked: the last oracle accuracy is more than HACKED below the best; broken: the judge fell back; early:
+    how many updates before the end the alarm rang first, None if it didn't; gain: the oracle accuracy at the
+    judge's best evaluation up to then minus the last one.
     """
-    best, hacked = steps[accuracy.index(max(accuracy))], max(accuracy) - accuracy[-1] > HACKED
-    first = next((step for step, alarm in zip(steps, alarms) if alarm), None)
-    if first is None:
-        return ("missed" if hacked else "none"), None
-    return ("caught", first - best) if hacked and first > best else ("false", None)
+    accuracy, judge = column(rows, "oracle_accuracy"), column(rows, "judge")
+    verdict = {"hacked": max(accuracy) - accuracy[-1] > HACKED, "broken": falls_back(judge), "early": None}
+    for i, row in enumerate(rows):
+        if row["alarm"]:
+            best = judge.index(max(judge[:i]))
+            return verdict | {"early": rows[-1]["step"] - row["step"], "gain": accuracy[best] - accuracy[-1]}
+    return verdict
 
 
 # ---- What came out -----------------------------------------------------------------------------------------
@@ -632,21 +649,25 @@ def sharpness(runs, parts):
     return table(["runs", "at", "number", "S1 with judge", "S1 with oracle accuracy"], lines)
 
 
-def alarms(runs_of):
-    """How often the alarm was right, and how late, in {what the runs have in common: each run's rows}."""
+def alarms(runs, parts):
+    """What the alarm caught, how early, and what it was worth to stop there and take best/."""
     lines = []
-    for what, runs in runs_of.items():
-        verdicts = [alarm_verdict(*(column(rows, name) for name in ("step", "oracle_accuracy", "alarm")))
-                    for rows in runs]
-        if verdicts:
-            caught, missed, *others = (sum(verdict == name for verdict, _ in verdicts)
-                                       for name in ("caught", "missed", "false", "none"))
-            delays = [delay for verdict, delay in verdicts if verdict == "caught"]
-            lines.append([what, caught, missed, *others,
-                          cell(*share_interval(caught, caught + missed)) if caught + missed else "",
-                          f"{statistics.median(delays):.0f}" if delays else ""])
-    return table(["runs", "hacked, alarm", "hacked, no alarm", "false alarm", "neither",
-                  "share of the hacked caught", "median updates from the oracle's best to the alarm"], lines)
+    for part, configuration in product(parts, TWO):
+        verdicts = [alarm_verdict(rows) for rows in of_seeds(runs, part, configuration).values()]
+        rang = [verdict for verdict in verdicts if verdict["early"] is not None]
+        of = {name: [verdict for verdict in verdicts if verdict[name]] for name in ("hacked", "broken")}
+        of["neither"] = [verdict for verdict in verdicts if not (verdict["hacked"] or verdict["broken"])]
+        shares = []
+        for group in of.values():
+            k, n = sum(verdict["early"] is not None for verdict in group), len(group)
+            shares.append(f"{k} of {n}, {cell(*share_interval(k, n))}" if group else "0 of 0")
+        early = [verdict["early"] for verdict in rang]
+        lines.append([part.rate, configuration, len(verdicts), *shares,
+                      f"{statistics.median(early):g} ({min(early)} to {max(early)})" if early else "",
+                      cell(*mean_interval([verdict["gain"] for verdict in rang])) if rang else ""])
+    return table(["rate", "configuration", "runs", "rang in hacked runs", "in broken ones",
+                  "in those that are neither", "updates before the end",
+                  "oracle accuracy of best/ at the alarm, minus the last"], lines)
 
 
 def every_run(runs, parts):
@@ -681,16 +702,12 @@ def report(runs, parts, pilots):
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]
         if name in ("primary", "fast", "again"):
-            text += ["\nFalling back:\n", steadiness(runs, part),
-                     f"\nThe alarm (hacked: the oracle's accuracy ends more than {HACKED} below its best):\n",
-                     alarms({name: of_seeds(runs, part, name).values() for name in part.configurations})]
-    jobs = [job for job in jobs_of(parts) if job in runs and job.world != "again"]
+            text += ["\nFalling back:\n", steadiness(runs, part)]
     text += ["\n## What would a user end with?\n", rivals(runs, parts["rivals"]),
              "\n## Does a sharp reward mean a low judge score?\n", sharpness(runs, parts),
-             "\n## What does the alarm catch?\n",
-             alarms({"all of the above but again": [runs[job] for job in jobs],
-                     **{f"those at {rate}": [runs[job] for job in jobs if job.learning_rate == rate]
-                        for rate in (SLOW, STABLE, FAST)}}),
+             f"\n## What does the alarm catch?\n\nHacked: the oracle's accuracy ends more than {HACKED} "
+             f"below its best; broken: the judge's score ends more than {FALL_BACK} below its best.\n",
+             alarms(runs, [parts["alarm"], parts["alarm-fast"]]),
              "\n## The pilots, from which rates and levels were chosen\n", every_run(runs, pilots),
              *(f"\nFalling back in {name}:\n\n{steadiness(runs, part)}" for name, part in pilots.items()
                if len(part.seeds) > 2)]
@@ -800,8 +817,8 @@ def quick(folder, workers):
     assert run_parts(parts, settings, folder, workers) == [] and (folder / "study.csv").read_text() == text
     assert {job.world for job in runs} == set(WORLDS)
     for job in jobs_of(parts):
-        last = round(4 * LONGER.get(job.configuration, 1))
-        assert column(runs[job], "step") == sorted({*range(0, last, 2), last}), job
+        last, every = job.budget(settings)
+        assert column(runs[job], "step") == sorted({*range(0, last, every), last}), job
         assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job
     for job in parts["again"].jobs():
         once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]]

@@ -66,14 +66,20 @@ def test_correlation_interval_is_fishers():
     assert abs(math.atanh(high) - math.atanh(low) - 1.95996) < 1e-5          # 2 z / sqrt(7 - 3)
 
 
-def test_alarm_is_early_late_false_or_missed():
-    steps = [0, 10, 20, 30, 40]
-    falling, rising = [0.5, 0.7, 0.6, 0.6, 0.5], [0.5, 0.6, 0.7, 0.8, 0.9]
-    assert study.alarm_verdict(steps, falling, [False, False, False, False, True]) == ("caught", 30)
-    assert study.alarm_verdict(steps, falling, [True, False, False, False, True]) == ("false", None)
-    assert study.alarm_verdict(steps, falling, [False] * 5) == ("missed", None)
-    assert study.alarm_verdict(steps, rising, [False] * 4 + [True]) == ("false", None)
-    assert study.alarm_verdict(steps, rising, [False] * 5) == ("none", None)
+def test_the_alarms_worth_is_that_of_the_best_adapter_before_it():
+    def rows(accuracy, judge, alarms):
+        return [{"step": 10 * i, "oracle_accuracy": a, "judge": j, "alarm": alarm}
+                for i, (a, j, alarm) in enumerate(zip(accuracy, judge, alarms))]
+
+    fooled = rows([0.5, 0.7, 0.6, 0.5, 0.4], [1, 3, 2.9, 2.8, 4], [None, None, None, "hacking", None])
+    verdict = study.alarm_verdict(fooled)       # its judge was best at step 40, which was still to come
+    assert verdict == {"hacked": True, "broken": False, "early": 10, "gain": pytest.approx(0.3)}
+    broken = rows([0.5, 0.5, 0.5], [1, 3, 2], [None] * 3)
+    assert study.alarm_verdict(broken) == {"hacked": False, "broken": True, "early": None}
+    part = study.PARTS["alarm"]
+    runs = {part.job("draft", 500 + i, "plain"): fooled if i < 3 else broken for i in range(4)}
+    line = study.alarms(runs, [part]).splitlines()[2]
+    assert "| 3 of 3, " in line and "| 0 of 1, " in line and "| 0 of 0 | 10 (10 to 10) |" in line
 
 
 def test_kid_is_the_double_sum_written_out():
@@ -143,10 +149,10 @@ def test_an_adapter_moves_the_weights_as_much_less_than_trained_weights_as_its_w
 def test_a_table_of_rows_survives_its_file(tmp_path):
     job = study.Job("tiny", "draft", "4e-3", 200, "noise 0.01")
     row = {**dict.fromkeys(("proxy", *study.MEASURES, "seconds"), 0.5), "network_evaluations": 640}
-    study.write_rows(tmp_path / "study.csv", {job: [{**row, "step": 0, "alarm": False},
-                                                    {**row, "step": 10, "alarm": True}]})
+    study.write_rows(tmp_path / "study.csv", {job: [{**row, "step": 0, "alarm": None},
+                                                    {**row, "step": 10, "alarm": "hacking"}]})
     runs = study.read_rows(tmp_path / "study.csv")
-    assert runs == {job: [{**row, "step": 0, "alarm": False}, {**row, "step": 10, "alarm": True}]}
+    assert runs == {job: [{**row, "step": 0, "alarm": None}, {**row, "step": 10, "alarm": "hacking"}]}
     before = (tmp_path / "study.csv").read_bytes()
     study.write_rows(tmp_path / "study.csv", runs)
     assert (tmp_path / "study.csv").read_bytes() == before
@@ -171,7 +177,8 @@ def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
             others |= {"gdro": "gdro", "crd": "crd"}
             assert job.program.__name__ == others.get(words[0], "rsaft")
             assert (settings.seed, settings.learning_rate) == (job.seed, float(job.learning_rate))
-            assert settings.train_steps == {"twice": 120, "gdro": 100, "crd": 150}.get(words[0], 60)
+            usual = 80 if job.world == "often" else 60
+            assert settings.train_steps == {"twice": 120, "gdro": 100, "crd": 150}.get(words[0], usual)
             assert [study.rsaft.short_name(name) for name in settings.eval_reward] == [
                 "judge", "oracle_accuracy", "oracle_rmse"]
             if words[0] not in ("gdro", "crd"):

@@ -115,12 +115,11 @@ def ddim_steps(scheduler, sampling_steps):
 
 
 def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
-    """Euler's update of flow matching (arXiv 2210.02747) as numbers: a list of Step, with alpha = 1 - sigma.
+    """Euler's update of flow matching (arXiv 2210.02747) as numbers: with alpha = 1 - sigma, f = noise - x0.
 
-    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; tokens: how many a picture has, which sets the
-    shift of the sigmas where the scheduler's is dynamic; mu: that shift, given outright; even: before it, the
-    sigmas are 1, 1 - 1/T, ... 1/T and not the scheduler's own. The network answers with f = noise - x0.
-    Raises ValueError for another scheduler.
+    scheduler: a diffusers FlowMatchEulerDiscreteScheduler, else ValueError; tokens: of a picture, which set
+    the sigmas' shift where it is dynamic; mu: that shift, given outright; even: they are 1, 1 - 1/T, ... 1/T
+    before it, not the scheduler's own. Returns a list of Step.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
@@ -570,15 +569,13 @@ def train(settings):
 def network_evaluations(plan, branches=2, second_rollout=False, reuse_starts=False):
     """The network evaluations that a picture costs: (without gradient, with gradient).
 
-    branches: evaluations per step, 2 under guidance. For a plan of S steps, K of them with gradient, the
-    first at index w, and n renoised pictures: branches (S - K) and branches (K + n). A second rollout costs
-    the same once more, but where it reuses the starts of the first one branches w less.
+    branches: evaluations per step, 2 under guidance. A second rollout costs the same once more; where it
+    reuses the starts of the first one, only what comes after them.
     """
-    S, K = len(plan.grad), sum(plan.grad)
-    again = 0
-    if second_rollout:
-        again = S - K - (plan.first_grad_step if reuse_starts else 0)
-    return branches * (S - K + again), branches * (K + plan.renoised) * (1 + second_rollout)
+    K = sum(plan.grad)
+    free = len(plan.grad) - K
+    again = free - (plan.first_grad_step if reuse_starts else 0) if second_rollout else 0
+    return branches * (free + again), branches * (K + plan.renoised) * (1 + second_rollout)
 
 
 def make_plan(settings, step):
@@ -589,11 +586,12 @@ def make_plan(settings, step):
 
 def training_prompts(prompts, seed, step, batch_size):
     """The prompts of one update, counted from 0; all are used once, in a random order, before any again."""
-    def prompt(position):
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, len(prompts))
-        return prompts[torch.randperm(len(prompts), generator=named_generator(seed, "prompts", epoch))[place]]
-
-    return [prompt(step * batch_size + i) for i in range(batch_size)]
+        order = torch.randperm(len(prompts), generator=named_generator(seed, "prompts", epoch))
+        chosen.append(prompts[order[place]])
+    return chosen
 
 
 # ---- What can go wrong. A user gets one line; RSAFT_TRACEBACK=1 in the environment shows everything. -------
@@ -716,15 +714,16 @@ def fetch(wanted):
             folders[model] = download(local_files_only=True)
             continue
         except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
-            downloads[model] = download
+            pass
         try:
-            files = ask_hub(model, partial(download, dry_run=True))
+            new += [(model, file) for file in ask_hub(model, partial(download, dry_run=True))
+                    if file.will_download]
+            downloads[model] = download
         except (UserError, RunStopped) as problem:
             with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
-                folders[model] = downloads.pop(model)(local_files_only=True)    # perhaps whole, after all
+                folders[model] = download(local_files_only=True)    # perhaps whole, after all
                 continue
             raise problem
-        new += [(model, file) for file in files if file.will_download]
     large = [(model, file) for model, file in new if (file.file_size or 0) > 1e6]
     if large:
         size = sum(file.file_size for _, file in large) / 1e9
@@ -748,18 +747,15 @@ def fetch(wanted):
 
 def ask_hub(model, question):
     """What question() learns of a model from the hub; it has a second try. Raises UserError, RunStopped."""
-    try:
-        return question()
-    except Exception as error:
-        stop, wait = hub_problem(model, error)
-        if not isinstance(stop, RunStopped):
-            raise stop from error
+    for last_try in (False, True):
+        try:
+            return question()
+        except Exception as error:
+            stop, wait = hub_problem(model, error)
+            if last_try or not isinstance(stop, RunStopped):
+                raise stop from error
         say(str(stop).replace("try again", f"once more in {wait} s").partition(",")[0])
-    time.sleep(wait)
-    try:
-        return question()
-    except Exception as error:
-        raise hub_problem(model, error)[0] from error
+        time.sleep(wait)
 
 
 def hub_problem(model, error):
@@ -790,10 +786,9 @@ def hub_problem(model, error):
 class Backbone:
     """A text-to-image model as a rollout sees it: its steps, latent_shape, device, denoiser and decode.
 
-    A family is a subclass, as StableDiffusion below. It names its class in diffusers and its parts, and has
-    step_table(n), a list of Step; encode(prompt), what the network is told of a prompt, a list of tensors
-    (1, ...), where "" is what guidance leads away from; predict(x, t, *conditions), the network's output f
-    for latents x, without guidance. With guidance_is_input the last condition is its scale, (B,).
+    A family is a subclass, as StableDiffusion below. It has step_table(n), a list of Step; encode(prompt),
+    what the network is told of a prompt, a list of tensors (1, ...), where "" is what guidance leads away
+    from; predict(x, t, *conditions), the network's output f for latents x, without guidance.
     """
     pipeline, pipeline_options = None, {}
     network_name, network_class = "unet", None     # what is trained; its name is the adapter's prefix
@@ -802,7 +797,7 @@ class Backbone:
     may_be_null = ()                               # parts that a model may do without
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     patch_size = 1                                 # the side of the network's tokens, in latents
-    guidance_is_input = False
+    guidance_is_input = False                      # the last condition is then its scale, (B,)
     sampling_steps, guidance_scale = 50, 7.5       # defaults
 
     def __init__(self, pipe, sampling_steps, guidance_scale, latent_shape, device):
@@ -870,8 +865,7 @@ class Backbone:
         """A function (x, t) -> f for `rollout`: the network under guidance (CFG, arXiv 2207.12598).
 
         The two branches run as one batch, and the gradient goes through both. x and f are float32, whatever
-        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers. Where it is
-        the network's input there is one branch.
+        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         two = self.branches_at(scale) == 2
@@ -941,8 +935,7 @@ def find_families():
 def inspect_model(model, height=None, width=None):
     """What a model is, before weights load: its family, latents' shape (C, h, w), height, width in pixels.
 
-    model: a folder or a hub id; height, width: None is the model's own. Raises UserError for a model of no
-    known family, and for a size that it can't make.
+    height, width: None is the model's own. Raises UserError: no known family, or a size that it can't make.
     """
     folder = Path(fetch({model: CONFIGS})[model])
     with explained(f"{model} is no model that can be tuned here", HERE / "backbones"):
@@ -966,13 +959,10 @@ def inspect_model(model, height=None, width=None):
 
 def load_model(model, sampling_steps=None, guidance_scale=None, height=None, width=None, dtype=torch.float32,
                device="cpu"):
-    """A frozen Backbone from a diffusers folder or a hub id; None is the family's default.
-
-    Raises UserError where a part is missing or incomplete, or is of a class of another library.
-    """
+    """A frozen Backbone from a folder or a hub id; None is the family's default. Raises UserError."""
     import diffusers
     import transformers
-    family, latent_shape, _, _ = inspect_model(model, height, width)
+    family, latent_shape, *_ = inspect_model(model, height, width)
     folder, parts = fetch({model: family.files()})[model], dict.fromkeys(family.may_be_null)
     index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
     tokenizers = family.tokenizer_names()

@@ -49,7 +49,7 @@ MODELS = {"tiny": None, "sd15": "stable-diffusion", "sdxl": "sdxl", "sd3": "sd3.
           "flux": "flux.1-dev"}
 GROWTH = {"batch": [["--batch-size", str(n)] for n in (8, 32, 128, 256)],
           "steps": [["--sampling-steps", str(n)] for n in (10, 20, 50)],
-          "steps with gradient": [["--sampling-steps", "10", "--grad-steps", str(n)] for n in (1, 2, 5, 10)],
+          "with gradient": [["--sampling-steps", "10", "--grad-steps", str(n)] for n in (1, 2, 5, 10)],
           "processes": [[], ["2 processes"]]}
 
 
@@ -182,8 +182,8 @@ def measure(options, rows):
 def print_prices(options):
     found = measure(options, {name: row for name, row in ROWS.items() if options.trl or "TRL" not in name})
     plain, drawing = found["plain"], found["diffusers"][0]
-    print("| | diffusers' sampling = 1 | range | plain = 1 | memory, plain = 1 | seconds | peak GiB | network "
-          "evaluations without, with gradient |\n" + "| --- " * 8 + "|")
+    print("| | diffusers' sampling = 1 | range | plain = 1 | memory, plain = 1 | seconds | peak GiB | "
+          "network evaluations without, with gradient |\n" + "| --- " * 8 + "|")
     for name, (seconds, memory, counted) in found.items():
         times = [a / b for a, b in zip(seconds, drawing)]
         over_plain = statistics.median([a / b for a, b in zip(seconds, plain[0])])

@@ -93,7 +93,7 @@ CONFIGURATIONS = {
     "twice as long": "", "gdro": "", "crd": "",
 }
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2}    # times UPDATES; gdro's and crd's own defaults
-OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}    # theirs are their defaults here too
+OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3"}    # theirs are their defaults here too
 PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
 WORLDS = {"tiny": "", "again": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}

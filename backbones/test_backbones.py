@@ -470,7 +470,9 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
     """With guidance as an input CRD's anchor is given its scale, 4.5, and what is regressed the run's."""
     out, given, predict = tmp_path / "out", [], rsaft.find_families
     more = ["--reward", "judge", "--train-steps", "1", "--batch-size", "2", "--group-size", "2"]
-    if module is gdro:
+    if module is crd:
+        more += ["--noise-levels", "2", "--eval-sampling-steps", "4"]
+    else:
         more += ["--pictures", "2", "--data", str(tmp_path / "data")]
     if name == "flux":
         family = rsaft.find_families()["FluxPipeline"]
@@ -484,7 +486,8 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
 
 
 def test_a_guided_anchor_of_a_distilled_model_is_refused_before_anything_is_written(folders, tmp_path, capsys):
-    out, more = tmp_path / "out", ["--reward", "judge", "--group-size", "2", "--train-steps", "1"]
+    out, more = tmp_path / "out", ["--reward", "judge", "--group-size", "2", "--train-steps", "1",
+                                   "--noise-levels", "1", "--eval-sampling-steps", "4"]
     assert crd.main(flags(folders["schnell"], out, *more)) == 2
     assert "must be 1, not 4.5 (--guidance-scale, and --anchor-scale of CRD)" in capsys.readouterr().err
     assert not out.exists() and crd.main(flags(folders["schnell"], out, *more, "--anchor-scale", "1")) == 0

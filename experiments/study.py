@@ -90,12 +90,13 @@ CONFIGURATIONS = {
     "both 0.01": "--noise 0.01 --sam 0.01",            # the paper's radii
     "gaussian": f"--noise {RHO}", "window": f"--sam {RHO_W} --sam-rollout window",
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
-    "twice as long": "", "gdro": "", "crd": "",
+    "twice as long": "", "gdro": "", "crd": "", "crd old": "--sampler old",      # guard 1 switched off
 }
 # Times UPDATES, of configurations and worlds; gdro's and crd's are their own defaults.
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "often": 4 / 3}
-OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "2e-3"}    # theirs are their defaults here too
-PROGRAMS = {"gdro": gdro, "crd": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3}
+# Theirs are their defaults here too.
+OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
+PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
 WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -138,7 +139,7 @@ PARTS = {  # nothing was chosen on these seeds
                     methods=("draft-lv", "alignprop", "refl", "drtune")),
     "gdro": Part("Than GDRO?", 0.4, (0.25,), range(206, 214), ("plain", "both", "gdro")),
     "crd": Part("Than CRD, in its own way of sampling, without guidance?", 0.8, (3.0, 4.0), range(206, 214),
-                ("plain", "both", "crd"), world="unguided"),
+                ("plain", "both", "crd", "crd old"), world="unguided"),
 }
 # On the machine that "fast" was run on, the same to the bit. Another processor, or another instruction set on
 # the same one (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2), rounds sums
@@ -156,7 +157,7 @@ PILOTS = {  # what rates and gains were chosen from
     "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
     **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=TWO, hours=0.2)
        for name in ("strong", "brittle", "breadth")},
-    "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), hours=0.1),
+    "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
@@ -718,9 +719,10 @@ def report(runs, parts, pilots):
 # ---- Figures -----------------------------------------------------------------------------------------------
 
 COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728", "gdro": "#9467bd",
-           "crd": "#ff7f0e"}
+           "crd": "#ff7f0e", "crd old": "#8c564b"}
 LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
-          "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD"}
+          "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD",
+          "crd old": "CRD, guard 1 off"}
 TITLES = {"unguided": "sampled without guidance"}
 FIGURES = {"study_curves.png": ("primary", "fast"), "study_related.png": ("gdro", "crd")}
 PANELS = {"judge": "score of a second reward model,\nnever trained on",

@@ -1,27 +1,29 @@
 """CRD: Centered Reward Distillation, online tuning of text-to-image models without the reward's gradient.
 
-The method of arXiv 2603.14128, from its published description. Maximising a reward R under a KL penalty makes
-R equal to the implicit reward plus a constant of the prompt that can't be computed; subtracting the mean over
-the n pictures of one prompt removes it. So the two centred quantities are matched by regression. R may be a
-black box, and no gradient goes through the sampler: a finished picture is noised to x_t, and y is what the
-network should answer, e.g. the noise.
+The method of arXiv 2603.14128; "port" is X-GenGroup/Flow-Factory, trainers/crd.py, pull request 121, by its
+first author. Maximising a reward R under a KL penalty makes R equal to the implicit reward plus a constant of
+the prompt that can't be computed; subtracting the mean over the prompt's n pictures removes it. So the two
+centred quantities are matched by regression. R may be a black box, and no gradient goes through the sampler:
+a finished picture is noised to x_t, and y is what the network should answer, e.g. the noise.
 
     r_i  = -( |f_theta - y|^2 / w_theta  -  |f_old - y|^2 / w_old )        w: the mean absolute error, or 1
     loss = mean_i ( beta (r_i - mean_j r_j) - (R_i - mean_j R_j) )^2 a_max / beta
            + kl mean_i ( m + R_i (1 - m) ) |f_theta - f_ref|^2      m = 1e-4 / kl;  no gradient through mean_j
 
-R_i is the reward's advantage within its prompt, scaled to [0, 1]. An epoch draws pictures, scores them, and
+R_i is the reward's advantage over its prompt's mean, in [0, 1]. An epoch draws pictures, scores them, and
 regresses. Three guards keep the model from drifting, each with a flag that turns it off:
 
     1. pictures come from a SAMPLING copy of the adapter, r is against an OLD copy    --sampler old
     2. the anchor f_ref is the frozen model WITH guidance, the tuned one runs without --anchor-scale 1
     3. the anchor holds fast where the reward is high, and weakly where it is low     --anchor-weight constant
 
-Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it:
+Defaults of the method, batch size, rate and rank are the paper's or the port's but for what --help calls ours
+(README.md has a table). Models, sampling, LoRA, rewards, evaluation, training loop are rsaft.py's. Try it:
 
     python related/crd.py --tiny --reward pickscore
     python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
 """
+import copy
 import functools
 import math
 import sys
@@ -29,27 +31,26 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
 from gdro import (check_alone, forward_process, holding, noise_levels, own_scale, squared_error,
                   update_average)
-from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, named_generator
+from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, explained, named_generator
 
 
 # ---- The method: tensors in, tensors out -------------------------------------------------------------------
 
-def scaled_advantage(reward, a_max=5.0):
-    """R: the rewards of the n pictures of a prompt, (..., n), as advantages in [0, 1] of the same shape.
+def scaled_advantage(reward, a_max=5.0, std="epoch"):
+    """R: the rewards of an epoch, (..., n) with n pictures a prompt, as advantages in [0, 1], of that shape.
 
-    a = (reward - mean) / standard deviation, clipped to +- a_max; R = (a / a_max) / 2 + 1/2. Where all n
-    rewards are equal a is 0. (Told by the rewards themselves: rounding gives equal ones a standard deviation
-    that isn't quite 0.)
+    a = (reward - the prompt's mean) / standard deviation, of all rewards or (std "prompt") of the prompt's,
+    clipped to +- a_max; R = (a / a_max) / 2 + 1/2. Where a prompt's n rewards are equal a is 0.
     """
-    spread = reward.amax(-1, keepdim=True) > reward.amin(-1, keepdim=True)
-    a = (reward - reward.mean(-1, keepdim=True)) / reward.std(-1, keepdim=True, correction=0)
+    spread = reward.amax(-1, keepdim=True) > reward.amin(-1, keepdim=True)    # a std of equal ones is rounded
+    deviation = reward.std(None if std == "epoch" else -1, keepdim=True, correction=0)
+    a = (reward - reward.mean(-1, keepdim=True)) / deviation
     return a.where(spread, 0).clamp(-a_max, a_max) / a_max / 2 + 0.5
 
 
@@ -58,35 +59,27 @@ def implicit_reward(f, f_old, y, adaptive=True):
 
     |.|^2 is a mean over elements; w is 1, or the picture's mean absolute error, detached and at least 1e-5.
     """
-    def weighted(f):
-        w = (f - y).abs().flatten(1).mean(1).detach().clamp_min(1e-5) if adaptive else 1
-        return squared_error(f, y) / w
-
-    return weighted(f_old).detach() - weighted(f)
+    w, w_old = ((g - y).abs().flatten(1).mean(1).detach().clamp_min(1e-5) if adaptive else 1
+                for g in (f, f_old))
+    return (squared_error(f_old, y) / w_old).detach() - squared_error(f, y) / w
 
 
-def crd_loss(r, R, beta=1.0, a_max=5.0, form="square", temperature=None):
+def crd_loss(r, R, beta=1.0, a_max=5.0, form="square", temperature=math.inf):
     """mean_i ( beta (r_i - mean_j r_j) - (R_i - mean_j R_j) )^2 a_max / beta; no gradient through mean_j.
 
-    r: (..., n) implicit rewards of the pictures of one prompt; R: (..., n) from `scaled_advantage`. Returns
-    (...,). form "bce" puts BCE(beta (r_i - mean_j r_j), sigmoid(R_i - mean_j R_j)), the first in logits, in
-    the square's place. With a temperature T the loss is half one with means weighted by softmax(a / T), half
-    one by softmax(-a / T).
+    r: (..., n) implicit rewards of a prompt's pictures; R: (..., n) from `scaled_advantage`. Returns (...,).
+    form "bce" puts BCE(beta (r_i - mean_j r_j), sigmoid(R_i - mean_j R_j)), the first in logits, in the
+    square's place. With a temperature T half the loss has means weighted by softmax(a / T), half by -a / T.
     """
-    r_fixed, a = r.detach(), (2 * R - 1) * a_max
-    weights = [torch.full_like(R, 1 / R.shape[-1])]
-    if temperature is not None:
-        weights = [(a / temperature).softmax(-1), (-a / temperature).softmax(-1)]
-    loss = 0
-    for w in weights:
-        predicted = beta * (r - (w * r_fixed).sum(-1, keepdim=True))
+    a, loss = (2 * R - 1) * a_max, 0
+    for w in (a / temperature).softmax(-1), (-a / temperature).softmax(-1):
+        predicted = beta * (r - (w * r.detach()).sum(-1, keepdim=True))
         wanted = R - (w * R).sum(-1, keepdim=True)
-        if form == "square":
-            each = (predicted - wanted).square()
-        else:
-            each = F.binary_cross_entropy_with_logits(predicted, wanted.sigmoid(), reduction="none")
-        loss = loss + each.mean(-1)
-    return loss / len(weights) * a_max / beta
+        each = (predicted - wanted).square()
+        if form == "bce":
+            each = nn.BCEWithLogitsLoss(reduction="none")(predicted, wanted.sigmoid())
+        loss = loss + each.mean(-1) / 2
+    return loss * a_max / beta
 
 
 def anchor_loss(f, f_ref, R, kl, by_reward=True):
@@ -98,14 +91,14 @@ def anchor_loss(f, f_ref, R, kl, by_reward=True):
     return kl * ((m + R * (1 - m)) * squared_error(f, f_ref.detach())).mean()
 
 
-def old_decay(epoch):
-    """d of the OLD copy after epoch 0, 1, ...: copy = d copy + (1 - d) current."""
-    return min(0.25 + 0.005 * epoch, 0.999)
+def decay(step, start, offset, slope, ceiling):
+    """d of a copy after `step` optimizer steps, copy = d copy + (1 - d) current: a ramp from `start` on."""
+    return min(offset + slope * max(0, step - start), ceiling)
 
 
-def sampling_decay(epoch):
-    """d of the SAMPLING copy: the current adapter itself up to epoch 75, from then on ever slower."""
-    return min(max(0.0, 0.0075 * (epoch - 75)), 0.999)
+def stratum(i, count, positions, rng):
+    """One of 0, 1, ... positions - 1: a uniform real of [i, i + 1) positions / count, rounded down."""
+    return min(math.floor((i + torch.rand((), generator=rng).item()) * positions / count), positions - 1)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -113,10 +106,11 @@ def sampling_decay(epoch):
 def check(settings):
     """gdro.check_alone, and what is CRD's own; raises UserError."""
     if settings.group_size < 2 or settings.batch_size % settings.group_size:
-        raise UserError(f"--group-size must be at least 2 and divide --batch-size {settings.batch_size}, not "
-                        f"{settings.group_size}")
+        raise UserError(f"--group-size must be at least 2 and divide --batch-size {settings.batch_size}")
     if not settings.reward:
         raise UserError("--reward needs a name")
+    if max(settings.old_decay[-1], settings.sampling_decay[-1]) > 1:
+        raise UserError("--old-decay and --sampling-decay need ceilings of at most 1")
     return check_alone(settings)
 
 
@@ -124,102 +118,108 @@ def train(settings):
     """Epochs of draw, score and regress. Raises UserError, then RunStopped."""
     settings, n = check(settings), settings.group_size
     model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False)
-    groups, (levels, prediction_type) = settings.batch_size // n, noise_levels(model)
-    sampling_plan = rsaft.Plan((False,) * len(model.steps))
-    params = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
-    reference = [p.detach().clone() for p in params]           # B is 0 there, so it is the frozen model
-    old, sampling = ([p.detach().clone() for p in params] for _ in range(2))
+    groups, steps, prediction_type = settings.batch_size // n, model.steps, noise_levels(model)[1]
+    with explained("--eval-sampling-steps won't do"):
+        model.steps = model.step_table(settings.eval_sampling_steps)
+    # The network's own adapter is the average, as in gdro.py; where B is 0 it is the frozen model.
+    average = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
+    reference, old, sampling, params = ([p.detach().clone() for p in average] for _ in range(4))
+    params = [nn.Parameter(p) for p in params]
     latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)    # of the epoch's pictures
     rewards = torch.zeros(groups, n, device=model.device)
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
     def draw_and_score(prompts, epoch):
-        repeated = [prompt for prompt in prompts for _ in range(n)]
-        batches = rsaft.micro_batches(repeated, (settings.seed, "epoch", epoch), settings.micro_batch_size)
-        with holding(params, old if settings.sampler == "old" else sampling):
-            ends = rsaft.sample_starts(model, sampling_plan, batches, settings.sampling_batch_size)
-        pictures = [rsaft.sample_images(model, sampling_plan, *pair) for pair in zip(batches, ends)]
+        sampler, plan = copy.copy(model), rsaft.Plan((False,) * len(steps))
+        sampler.steps = steps          # the model's own are those of the evaluation
+        batches = rsaft.micro_batches(prompts, (settings.seed, "epoch", epoch), settings.micro_batch_size)
+        with holding(average, old if settings.sampler == "old" else sampling):
+            ends = rsaft.sample_starts(sampler, plan, batches, settings.sampling_batch_size)
         latents.copy_(torch.cat(ends).view_as(latents))        # no step has a gradient: the last ones
-        scored = [scores.total(images, prompts) for images, prompts in pictures]
+        scored = [scores.total(model.decode(end), batch.prompts) for end, batch in zip(ends, batches)]
         rewards.copy_(torch.cat(scored).view_as(rewards))
 
+    parts = groups * settings.noise_levels          # of the loss of an update, a group at a level each
     free = 1 + (model.branches_at(settings.anchor_scale) if settings.kl > 0 else 0)
-    drawing = settings.batch_size * settings.sampling_steps * model.branches
-    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes "
-          f"{settings.batch_size * free} network evaluations without gradient, {settings.batch_size} with; "
-          f"every {settings.epoch_updates} updates {drawing} without go into new pictures")
+    print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {parts * n * free} "
+          f"evaluations of the network without gradient, {parts * n} with, and an epoch its drawing")
 
-    state = [*old, *sampling, latents, rewards]
+    state = [*params, *old, *sampling, latents, rewards]
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=state) as run:
         for step in run.steps():
             epoch, update = divmod(step, settings.epoch_updates)
             chosen = rsaft.training_prompts(prompts, settings.seed, epoch, groups)
             if update == 0:
-                draw_and_score(chosen, epoch)
-            optimizer.zero_grad()
+                draw_and_score([prompt for prompt in chosen for _ in range(n)], epoch)
             log = defaultdict(float, {"epoch": epoch, "reward": rewards.mean().item()})
-            advantages = scaled_advantage(rewards, settings.max_advantage)
-            for number, (prompt, x0, R) in enumerate(zip(chosen, latents, advantages)):
-                rng = named_generator(settings.seed, step, number, "regression")
-                # One t for the group, of the noisiest 99 percent.
-                t, alpha, sigma = levels[rsaft.draw(rng, math.ceil(len(levels) / 100), len(levels) - 1)]
+            advantages = scaled_advantage(rewards, settings.max_advantage, settings.advantage_std)
+            for part in range(parts):    # one backward each: so memory doesn't grow with the levels
+                number, i = divmod(part, settings.noise_levels)
+                prompt, x0, R = chosen[number], latents[number], advantages[number]
+                rng = named_generator(settings.seed, step, number, i, "regression")
+                # One level for the group, so like is compared with like; the least noisy is never drawn.
+                level = steps[stratum(i, settings.noise_levels, max(1, len(steps) - 1), rng)]
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
-                x, y = forward_process(x0, noise, alpha, sigma, prediction_type)
+                x, y = forward_process(x0, noise, level.alpha, level.sigma, prediction_type)
                 denoise = model.denoiser([prompt] * n, own_scale(model))
-                with torch.no_grad(), holding(params, old):
-                    f_old = denoise(x, t)
-                if settings.kl > 0:    # before the pass whose graph is kept, as it moves the weights
-                    with torch.no_grad(), holding(params, reference):
-                        f_ref = model.denoiser([prompt] * n, settings.anchor_scale)(x, t)
-                f = denoise(x, t)
-                r = implicit_reward(f, f_old, y, settings.error_weight == "adaptive")
-                loss = crd_loss(r, R, settings.beta, settings.max_advantage, settings.loss,
-                                settings.temperature)
-                log["regression"] += loss.item() / len(chosen)
+                with torch.no_grad(), holding(average, old):
+                    f_old = denoise(x, level.t)
                 if settings.kl > 0:
-                    anchor = anchor_loss(f, f_ref, R, settings.kl, settings.anchor_weight == "reward")
-                    log["anchor"] += anchor.item() / len(chosen)
-                    loss = loss + anchor
-                (loss / len(chosen)).backward()
+                    with torch.no_grad(), holding(average, reference):
+                        f_ref = model.denoiser([prompt] * n, settings.anchor_scale)(x, level.t)
+                with holding(average, params):
+                    f = denoise(x, level.t)
+                    r = implicit_reward(f, f_old, y, settings.error_weight == "adaptive")
+                    loss = {"regression": crd_loss(r, R, settings.beta, settings.max_advantage, settings.loss,
+                                                   settings.temperature or math.inf)}
+                    if settings.kl > 0:
+                        by_reward = settings.anchor_weight == "reward"
+                        loss["anchor"] = anchor_loss(f, f_ref, R, settings.kl, by_reward)
+                    (sum(loss.values()) / parts).backward()
+                for name, value in loss.items():
+                    log[name] += value.item() / parts
+            for p, own in zip(params, average):
+                p.grad, own.grad = own.grad, None
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()
+            update_average(average, params, min(settings.ema_decay, (1 + step) / (10 + step)))
             if update == settings.epoch_updates - 1:
-                update_average(old, params, old_decay(epoch))
-                update_average(sampling, params, sampling_decay(epoch))
+                update_average(old, params, decay(step + 1, *settings.old_decay))
+                update_average(sampling, params, decay(step + 1, *settings.sampling_decay))
             run.record(**log, grad_norm=grad_norm.item())
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
 
-TINY = {**rsaft.TINY, "guidance_scale": 1.0, "group_size": 12, "batch_size": 72, "epoch_updates": 5,
-        "train_steps": 150, "eval_every": 30}  # chosen on seed 1
+TINY = {**rsaft.TINY, "guidance_scale": 1.0, "group_size": 12, "batch_size": 48, "learning_rate": 4e-3,
+        "noise_levels": 2, "eval_sampling_steps": 10, "train_steps": 150, "eval_every": 30}  # from seed 1
+DECAY = rsaft.number(float, 0, 1e6, nargs=4, metavar=("START", "OFFSET", "SLOPE", "CEILING"))
 
 
 def parse(argv=None):
     """The settings of the command line, an argparse.Namespace. Raises UserError."""
     parser = rsaft.Parser("related/crd.py", "Centered Reward Distillation of text-to-image diffusion models.")
-    parser.flags("method", [
+    parser.flags("method (defaults: the paper's or the port's, but for what is ours)", [
         ("--group-size", 24, "n, pictures of a prompt", COUNT),
-        ("--epoch-updates", 20, "updates on the pictures of one epoch, --batch-size of them, each time all",
-         COUNT),
+        ("--epoch-updates", 2, "updates on an epoch's --batch-size pictures; ours: each on all", COUNT),
+        ("--noise-levels", 20, "of a picture in an update, from the sampling steps, in strata", COUNT),
         ("--beta", 1.0, "strength of the implicit reward", AMOUNT),
         ("--max-advantage", 5.0, "a_max: advantages are clipped to +- this many standard deviations", AMOUNT),
-        ("--error-weight", "adaptive", "w: each picture's mean absolute error, or 1",
-         {"choices": ("adaptive", "one")}),
-        ("--loss", "square", "square, or binary cross entropy with sigmoid(centred R)",
-         {"choices": ("square", "bce")}),
-        ("--temperature", None, "centre at means weighted by softmax(+-advantage / T); without the flag "
-         "plain means", AMOUNT),
-        ("--sampler", "own", "guard 1: draw with a copy of the adapter of its own, or with the old one",
-         {"choices": ("own", "old")}),
+        ("--advantage-std", "epoch", "whose deviations these are", {"choices": ("epoch", "prompt")}),
+        ("--error-weight", "adaptive", "w: the mean absolute error, or 1", {"choices": ("adaptive", "one")}),
+        ("--loss", "square", "or binary cross entropy, see crd_loss", {"choices": ("square", "bce")}),
+        ("--temperature", None, "T, see crd_loss; ten times the port's, as that divides R", AMOUNT),
+        ("--sampler", "own", "guard 1: the copy that draws the pictures", {"choices": ("own", "old")}),
+        ("--old-decay", [0, 0.25, 0.005, 0.999], "by updates; the original also has 0 0.25 0.001 0.5", DECAY),
+        ("--sampling-decay", [75, 0, 0.0075, 0.999], "the same of guard 1's own; also 0 0 0.001 0.5", DECAY),
+        ("--ema-decay", 0.995, "of the average, which is evaluated, saved", rsaft.number(float, 0, 0.9999)),
         ("--kl", 0.1, "strength of the anchor; 0: none", AMOUNT_OR_0),
-        ("--anchor-scale", 4.5, "guard 2: guidance of the anchor, the frozen model; 1 turns it off",
-         AMOUNT_OR_0),
-        ("--anchor-weight", "reward", "guard 3: the anchor's strength follows the reward, or is constant",
-         {"choices": ("reward", "constant")})])
+        ("--anchor-scale", 4.5, "guard 2: guidance of the frozen model; 1 turns it off", AMOUNT_OR_0),
+        ("--anchor-weight", "reward", "guard 3: what its strength is", {"choices": ("reward", "constant")}),
+        ("--eval-sampling-steps", 40, "steps of a rollout in evaluation; in training 10, see below", COUNT)])
     rsaft.add_common_flags(parser)
-    parser.set_defaults(guidance_scale=1.0, batch_size=96, learning_rate=1e-4, rank=32)
+    parser.set_defaults(guidance_scale=1.0, batch_size=1152, learning_rate=3e-4, rank=32, sampling_steps=10)
     return rsaft.parse_with(parser, argv, TINY)
 
 

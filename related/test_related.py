@@ -169,9 +169,12 @@ def test_the_implicit_reward_is_the_fall_of_the_mean_squared_error_times_beta():
 
 def test_the_advantage_is_clipped_and_scaled_and_zero_where_there_is_no_spread():
     reward = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.1]])
-    a = (reward[0] - 3) / 3.5 ** 0.5
-    assert_close(crd.scaled_advantage(reward)[0], a / 10 + 0.5)
-    assert (crd.scaled_advantage(reward)[1] == 0.5).all()
+    deviations = {"prompt": 3.5 ** 0.5, "epoch": reward.square().mean().sub(reward.mean() ** 2).sqrt()}
+    for std, deviation in deviations.items():
+        R = crd.scaled_advantage(reward, std=std)
+        assert_close(R[0], (reward[0] - 3) / deviation / 10 + 0.5)
+        assert (R[1] == 0.5).all()
+    assert torch.equal(crd.scaled_advantage(reward), R)    # the epoch's is the default
     equal = torch.full((24,), 0.1)
     assert equal.std(correction=0) > 0    # rounding: it isn't quite 0
     assert (crd.scaled_advantage(equal) == 0.5).all()
@@ -180,17 +183,19 @@ def test_the_advantage_is_clipped_and_scaled_and_zero_where_there_is_no_spread()
     assert crd.scaled_advantage(outlier)[0] == 1 and crd.scaled_advantage(-outlier)[0] == 0
 
 
-FORMS = [("square", None), ("square", 0.7), ("bce", None), ("bce", 0.7)]
+FORMS = [("square", math.inf), ("square", 0.7), ("bce", math.inf), ("bce", 0.7)]
 
 
 @pytest.mark.parametrize("form, temperature", FORMS)
 def test_a_constant_added_to_the_rewards_of_a_prompt_changes_nothing(form, temperature):
     r, reward, constants = normal(3, 8), normal(3, 8, seed=1), torch.tensor([[-7.0], [0.0], [30.0]]).double()
     settings = dict(beta=0.5, form=form, temperature=temperature)
-    expected = crd.crd_loss(r, crd.scaled_advantage(reward), **settings)
+    R = crd.scaled_advantage(reward, std="prompt")
+    expected = crd.crd_loss(r, R, **settings)
     assert expected.shape == (3,)
-    assert_close(crd.crd_loss(r, crd.scaled_advantage(reward + constants), **settings), expected)
-    assert_close(crd.crd_loss(r + constants, crd.scaled_advantage(reward), **settings), expected)
+    assert_close(crd.crd_loss(r + constants, R, **settings), expected)
+    assert_close(crd.scaled_advantage(reward + constants, std="prompt"), R)
+    assert_close(crd.scaled_advantage(reward + 30), crd.scaled_advantage(reward))    # one for all prompts
 
 
 def test_the_loss_is_the_formula_in_the_docstring():
@@ -226,7 +231,7 @@ def test_no_gradient_goes_through_the_mean(form, temperature):
     gradient, = torch.autograd.grad(crd.crd_loss(leaf, R, **settings), leaf)
     a = (2 * R - 1) * 5
     weights = [torch.full((n,), 1 / n)]
-    if temperature:
+    if temperature < math.inf:
         weights = [(a / 0.7).softmax(0), (-a / 0.7).softmax(0)]
 
     def with_fixed_means(x):
@@ -269,10 +274,27 @@ def test_the_anchor_holds_fast_where_the_reward_is_high():
     assert none is None and gradient[3].norm() > 100 * gradient[0].norm() > 0
 
 
-def test_the_schedules_of_the_copies_are_those_of_the_publication():
-    assert [crd.old_decay(n) for n in (0, 1, 100, 10 ** 6)] == pytest.approx([0.25, 0.255, 0.75, 0.999])
-    decays = [crd.sampling_decay(n) for n in (0, 75, 76, 175, 10 ** 6)]
-    assert decays == pytest.approx([0, 0, 0.0075, 0.75, 0.999])
+def test_the_schedules_of_the_copies_are_those_of_the_port():
+    settings = crd.parse([])
+    old, sampling = ([crd.decay(n, *schedule) for n in (0, 2, 75, 76, 175, 10 ** 6)]
+                     for schedule in (settings.old_decay, settings.sampling_decay))
+    assert old == pytest.approx([0.25, 0.26, 0.625, 0.63, 0.999, 0.999])
+    assert sampling == pytest.approx([0, 0, 0, 0.0075, 0.75, 0.999])
+    given = crd.parse("--old-decay 0 0.25 0.001 0.5 --sampling-decay 0 0 0.001 0.5".split())
+    assert [crd.decay(n, *given.old_decay) for n in (0, 100, 300)] == pytest.approx([0.25, 0.35, 0.5])
+    assert [crd.decay(n, *given.sampling_decay) for n in (0, 100, 600)] == pytest.approx([0, 0.1, 0.5])
+
+
+@pytest.mark.parametrize("count, positions", [(1, 9), (3, 9), (9, 9), (20, 9), (4, 9), (2, 1)])
+def test_noise_levels_are_drawn_one_from_each_stratum_and_all_alike_often(count, positions):
+    """In 4000 draws; 0.02 is more than twice the standard error of a share."""
+    rng, shares = rsaft.named_generator("strata"), torch.zeros(positions)
+    for _ in range(4000):
+        drawn = [crd.stratum(i, count, positions, rng) for i in range(count)]
+        for i, level in enumerate(drawn):
+            assert math.floor(i * positions / count) <= level <= math.ceil((i + 1) * positions / count) - 1
+            shares[level] += 1 / count / 4000
+    assert (shares - 1 / positions).abs().max() < 0.02
 
 
 # ---- Copies of one adapter in one network ------------------------------------------------------------------
@@ -337,13 +359,6 @@ def call(main, *arguments):
     return main(list(map(str, arguments)))
 
 
-def call_crd(*arguments):
-    """crd.main with a sampling copy that lags from the first epoch on; the published one does from 76 on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crd, "sampling_decay", lambda epoch: 0.5 + 0.1 * epoch)
-        return call(crd.main, *arguments)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The flags of a small run of either method."""
@@ -371,9 +386,13 @@ def small_gdro(small, drawn, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_crd(small, tmp_path_factory):
-    """Two updates an epoch, so that it ends in the middle of one. Without evaluations."""
-    flags = [*small, "--epoch-updates", 2, "--eval-reward", "--eval-every", 0]
-    run = Small(call_crd, flags, 5, tmp_path_factory.mktemp("crd") / "out")
+    """Two updates an epoch, so that it ends in the middle of one. Without evaluations.
+
+    It draws in four steps, of which three are noise levels; its sampling copy lags from the first epoch on.
+    """
+    flags = [*small, "--sampling-steps", 4, "--noise-levels", 2, "--sampling-decay", 0, 0.5, 0.05, 0.9,
+             "--eval-reward", "--eval-every", 0]
+    run = Small(partial(call, crd.main), flags, 5, tmp_path_factory.mktemp("crd") / "out")
     assert run.run(*run.flags, "--train-steps", run.updates, "--out", run.out) == 0
     return run
 
@@ -471,7 +490,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("module, guidance_scale, rise, flags", [
     (gdro, 3.0, 0.015, ["--pictures", 6, "--ema-decay", 0.5, "--tau", 0.005]),
-    (crd, 1.0, 0.07, ["--group-size", 6, "--epoch-updates", 2])])
+    (crd, 1.0, 0.07, ["--group-size", 6, "--eval-sampling-steps", 6])])
 def test_a_short_run_raises_a_reward_without_gradient_and_plain_diffusers_loads_the_adapter(
         tmp_path, capsys, module, guidance_scale, rise, flags):
     """By more than `rise`, half of the least that seeds 0, 1 and 2 gave when this was written, or less."""
@@ -492,8 +511,9 @@ def test_a_short_run_raises_a_reward_without_gradient_and_plain_diffusers_loads_
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(PROMPTS[:6] * 2, latents=rsaft.evaluation_latents(12, LATENT), num_inference_steps=4,
-                  height=32, width=32, guidance_scale=guidance_scale, output_type="pt").images
+    images = pipe(PROMPTS[:6] * 2, latents=rsaft.evaluation_latents(12, LATENT), height=32, width=32,
+                  num_inference_steps=6 if module is crd else 4, guidance_scale=guidance_scale,
+                  output_type="pt").images
     (tmp_path / "diffusers.png").write_bytes(rsaft.make_grid(images))
     begin, end = sorted((tmp_path / "out" / "samples").glob("*.png"))
     assert (pixels(end) - pixels(tmp_path / "diffusers.png")).abs().max() <= 2
@@ -706,16 +726,38 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
 
 # ---- CRD's training ----------------------------------------------------------------------------------------
 
-def test_crds_copies_follow_their_schedules(crd_lives):
-    (_, params), states = new_model(), {life.updates: life.state for life in crd_lives}
-    begin, after = [p.detach() for p in params], lambda n: states[n]["adapter"].values()
-    olds = [begin, [0.25 * x + 0.75 * p for x, p in zip(begin, after(2))]]
-    samplings = [begin, [0.5 * x + 0.5 * p for x, p in zip(begin, after(2))]]
-    olds.append([0.255 * x + 0.745 * p for x, p in zip(olds[1], after(4))])
-    samplings.append([0.6 * x + 0.4 * p for x, p in zip(samplings[1], after(4))])
+def crds_tensors(state):
+    """Of a checkpoint: the average, the trained weights, the OLD and the SAMPLING copy; latents; rewards."""
+    average, (*copies, latents, rewards) = list(state["adapter"].values()), state["extra"]
+    n = len(average)
+    return average, copies[:n], copies[n:2 * n], copies[2 * n:], latents, rewards
+
+
+def test_crds_copies_follow_their_schedules_and_the_saved_adapter_is_the_average(crd_lives):
+    tensors = {life.updates: crds_tensors(life.state) for life in crd_lives}
+    begin = [p.detach() for p in new_model()[1]]
+
+    def mean(d, copies, current):
+        return [d * a + (1 - d) * b for a, b in zip(copies, current)]
+
+    olds, samplings = ([begin, mean(d, begin, tensors[2][1])] for d in (0.26, 0.6))
+    olds.append(mean(0.27, olds[1], tensors[4][1]))
+    samplings.append(mean(0.7, samplings[1], tensors[4][1]))
     for n, epoch in (2, 1), (3, 1), (4, 2), (5, 2):
-        *copies, _, _ = states[n]["extra"]
-        assert_close(copies, olds[epoch] + samplings[epoch], rtol=1e-4, atol=1e-7)
+        _, _, old, sampling, _, _ = tensors[n]
+        assert_close(old + sampling, olds[epoch] + samplings[epoch], rtol=1e-4, atol=1e-7)
+    for n in 3, 4, 5:
+        average, trained, *_ = tensors[n]
+        assert_close(average, mean(n / (9 + n), tensors[n - 1][0], trained), rtol=1e-4, atol=1e-7)
+        assert any(not torch.equal(a, b) for a, b in zip(average, trained))
+
+
+def test_crds_average_has_a_ceiling_and_nothing_in_the_training_follows_it(tmp_path, small_crd, crd_lives):
+    out = tmp_path / "out"
+    assert small_crd.run(*small_crd.flags, "--ema-decay", 0, "--train-steps", 2, "--out", out) == 0
+    average, *others = crds_tensors(checkpoint(out))
+    assert_close(others, list(crds_tensors(crd_lives[0].state)[1:]), rtol=0, atol=0)
+    assert_close(average, others[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sampler", ["own", "old"])
@@ -728,45 +770,48 @@ def test_crds_sampling_copy_or_its_old_one_draws_the_pictures_also_after_a_stop(
         assert small.run(*small.flags, "--train-steps", small.updates, "--out", small.out) == 0
         lives = live(small, tmp_path / "out", (3, None), (5, None))
         assert_same_run(lives[-1].out, small.out)
-    model, params = new_model()
-    *copies, latents, rewards = lives[-1].state["extra"]
+    (model, params), plan = new_model(), rsaft.Plan((False,) * 4)
+    model.steps = model.step_table(4)
+    _, _, old, own, latents, rewards = crds_tensors(lives[-1].state)
     prompts = [prompt for prompt in rsaft.training_prompts(FIVE, 0, 2, 2) for _ in range(3)]
     batch, = rsaft.micro_batches(prompts, (0, "epoch", 2), 6)
-    drawing = copies[len(params):] if sampler == "own" else copies[:len(params)]
-    with torch.no_grad(), gdro.holding(params, drawing):
-        expected, = rsaft.sample_starts(model, PLAN, [batch], 6)
+    with torch.no_grad(), gdro.holding(params, own if sampler == "own" else old):
+        expected, = rsaft.sample_starts(model, plan, [batch], 6)
         scores = rsaft.make_reward(BRIGHT)(model.decode(expected), prompts)
     assert_close(latents.flatten(0, 1), expected, rtol=1e-3, atol=1e-3)
     assert_close(rewards.flatten(), scores, rtol=0, atol=1e-3)
     assert records(lives[-1].out)[4]["reward"] == pytest.approx(scores.mean().item(), abs=1e-4)
 
 
-def update_by_hand(made, drawn, before=None, form="square", temperature=None, adaptive=True, kl=0.1,
-                   scale=4.5, by_reward=True):
+def update_by_hand(made, drawn, before=None, form="square", temperature=math.inf, adaptive=True, kl=0.1,
+                   scale=4.5, by_reward=True, std="epoch"):
     """Regression, anchor and gradient norm of the update after `made`.
 
-    drawn: a checkpoint with the pictures; before: the one that the update goes on from. t is uniform over
-    10..999, the noisiest 99 percent; other bounds would give other t.
+    drawn: a checkpoint with the pictures; before: the one that the update goes on from. Both of a picture's
+    noise levels, one of each half, are among the three noisiest of four steps.
     """
     (frozen, params), regression, anchor = new_model(), torch.tensor(0.0), torch.tensor(0.0)
     model = old = frozen
     if before:
-        old, _ = new_model(weights=before["extra"][:len(params)])
-        model, params = new_model(weights=before["adapter"].values())
-    *_, latents, rewards = drawn["extra"]
+        _, trained, copies, *_ = crds_tensors(before)
+        (old, _), (model, params) = new_model(weights=copies), new_model(weights=trained)
+    *_, latents, rewards = crds_tensors(drawn)
+    advantages = crd.scaled_advantage(rewards, std=std)
     for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, made // 2, 2)):
-        rng, R = rsaft.named_generator(0, made, number, "regression"), crd.scaled_advantage(rewards[number])
-        t = torch.randint(10, 1000, (), generator=rng).item()
-        y = torch.randn(latents[number].shape, generator=rng)
-        x = noised(model, latents[number], y, t)
-        f = predict(model, x, t, prompt)
-        with torch.no_grad():
-            f_old, f_ref, unconditional = (predict(old, x, t, prompt), predict(frozen, x, t, prompt),
-                                           predict(frozen, x, t, ""))
-            f_ref = unconditional + scale * (f_ref - unconditional)
-        r = crd.implicit_reward(f, f_old, y, adaptive)
-        regression = regression + crd.crd_loss(r, R, form=form, temperature=temperature) / 2
-        anchor = anchor + crd.anchor_loss(f, f_ref, R, kl, by_reward) / 2 if kl else anchor
+        R = advantages[number]
+        for half in 0, 1:
+            rng = rsaft.named_generator(0, made, number, half, "regression")
+            t = frozen.step_table(4)[int(1.5 * (half + torch.rand((), generator=rng).item()))].t
+            y = torch.randn(latents[number].shape, generator=rng)
+            x = noised(model, latents[number], y, t)
+            f = predict(model, x, t, prompt)
+            with torch.no_grad():
+                f_old, f_ref, unconditional = (predict(old, x, t, prompt), predict(frozen, x, t, prompt),
+                                               predict(frozen, x, t, ""))
+                f_ref = unconditional + scale * (f_ref - unconditional)
+            r = crd.implicit_reward(f, f_old, y, adaptive)
+            regression = regression + crd.crd_loss(r, R, form=form, temperature=temperature) / 4
+            anchor = anchor + crd.anchor_loss(f, f_ref, R, kl, by_reward) / 4 if kl else anchor
     (regression + anchor).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     return [regression.item(), anchor.item(), norm.item()]
@@ -791,8 +836,8 @@ def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
             ("unguided", ["--anchor-scale", 1], {"scale": 1}, 2),
             ("constant", ["--anchor-weight", "constant", "--temperature", 0.5],
              {"by_reward": False, "temperature": 0.5}, 3),
-            ("none", ["--kl", 0, "--loss", "bce", "--error-weight", "one"],
-             {"kl": 0, "form": "bce", "adaptive": False}, 1)]:
+            ("none", ["--kl", 0, "--loss", "bce", "--error-weight", "one", "--advantage-std", "prompt"],
+             {"kl": 0, "form": "bce", "adaptive": False, "std": "prompt"}, 1)]:
         out, state = small_crd.out, crd_lives[0].state
         if flags:
             out = tmp_path / name
@@ -801,11 +846,11 @@ def test_crds_guards_are_what_their_flags_say(tmp_path, small_crd, crd_lives):
         first[name] = records(out)[0]
         assert logged(first[name]) == pytest.approx(update_by_hand(0, state, **settings), rel=1e-3, abs=1e-6)
         assert ("anchor" in first[name]) == (settings.get("kl") != 0)
-        assert first[name]["network_evaluations_with_gradient"] == 6
-        assert first[name]["network_evaluations_without_gradient"] == 6 * without + 6 * 2    # and the drawing
+        assert first[name]["network_evaluations_with_gradient"] == 12
+        assert first[name]["network_evaluations_without_gradient"] == 12 * without + 6 * 4    # the drawing
     second = records(small_crd.out)[1]
-    assert second["network_evaluations_with_gradient"] == 6
-    assert second["network_evaluations_without_gradient"] == 6 * 3    # the same pictures
+    assert second["network_evaluations_with_gradient"] == 12
+    assert second["network_evaluations_without_gradient"] == 12 * 3    # the same pictures
     assert first["unguided"]["anchor"] == 0 < first["all"]["anchor"] < first["constant"]["anchor"]
     assert len({record["regression"] for record in first.values()}) == 3    # square, bce, with a temperature
     assert len({record["reward"] for record in first.values()}) == 1
@@ -855,6 +900,10 @@ def test_the_example_of_a_black_box_is_the_accuracy_of_the_oracle():
     (crd.main, ["--loss", "l1"], "--loss"),
     (crd.main, ["--resume"], "--resume"),
     (crd.main, ["--temperature", "0"], "--temperature"),
+    (crd.main, ["--noise-levels", "0"], "--noise-levels"),
+    (crd.main, ["--ema-decay", "1"], "--ema-decay"),
+    (crd.main, ["--old-decay", "0", "0.25"], "--old-decay"),
+    (crd.main, ["--sampling-decay", "0", "0", "0.1", "2"], "--sampling-decay"),
     (crd.main, ["--reward", "beauty"], "beauty"),
     (crd.main, ["--reward"], "--reward"),
 ])

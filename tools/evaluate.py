@@ -93,6 +93,7 @@ def make_settings(given, files):
     settings = rsaft.parse(["--tiny"] if given.tiny or runs[0].get("tiny") else [])
     for name in INHERITED:
         setattr(settings, name, runs[0].get(name, getattr(settings, name)))
+    settings.sampling_steps = runs[0].get("eval_sampling_steps", settings.sampling_steps)    # of crd.py
     trained_on = [rsaft.split_weight(text)[0] for text in settings.reward]
     settings.reward, settings.eval_reward = [], trained_on + settings.eval_reward
     for name, value in vars(given).items():

@@ -120,6 +120,17 @@ def test_flags_come_before_the_run_and_a_file_is_as_good_as_a_folder(run, tmp_pa
 
 
 @needs_peft
+def test_a_run_that_evaluates_in_steps_of_its_own_is_judged_in_them(run, judged, tmp_path):
+    """As CRD's do, which draw in fewer."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    config = json.loads((run / "config.json").read_text()) | {"sampling_steps": 2, "eval_sampling_steps": 4}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    now, then = scores(tmp_path / "run" / "evaluation")[str(tmp_path / "run"), 1], scores(judged)[str(run), 1]
+    assert now["judge"] == pytest.approx(then["judge"], abs=1e-3)
+
+
+@needs_peft
 def test_an_adapter_of_another_trainer_needs_no_run(run, tmp_path):
     """kohya's names, which diffusers knows."""
     tensors = {}

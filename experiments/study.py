@@ -96,7 +96,8 @@ CONFIGURATIONS = {
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3}
 # Theirs are their defaults here too.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
-PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions}    # all others are runs of rsaft.py
+# All others are runs of rsaft.py.
+PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions}
 WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")

@@ -41,7 +41,7 @@ def last_line(folder, first=False):
 
 
 def read_grid(folder, step):
-    """The pictures of an evaluation's grid, (16, 3, 32, 96) in [0, 1], as they were before it enlarged them."""
+    """The pictures of an evaluation's grid, (16, 3, 32, 96) in [0, 1], not enlarged."""
     from PIL import Image
     grid = torch.from_numpy(numpy.array(Image.open(folder / f"samples/step_{step:06d}.png"))).float() / 255
     rows, columns, _ = grid.shape
@@ -63,8 +63,8 @@ def draw(folders, path):
         prompts = (folder / "samples/prompts.txt").read_text(encoding="utf-8").splitlines()[:SHOWN]
         score = f", likelihood {line['ocr_likelihood']:.2f}" if "ocr_likelihood" in line else ""
         part.suptitle(f"{TITLES[name]}\nletters read {line['ocr_v4']:.2f}{score}", fontsize=10)
-        for axis, picture, prompt, text in zip(part.subplots(SHOWN // COLUMNS, COLUMNS).flat, pictures, prompts,
-                                               read(pictures)):
+        axes = part.subplots(SHOWN // COLUMNS, COLUMNS).flat
+        for axis, picture, prompt, text in zip(axes, pictures, prompts, read(pictures)):
             axis.imshow(picture.permute(1, 2, 0))
             axis.set_title(prompt.split('"')[1], fontsize=8, color="#777777", pad=2)
             axis.set_xlabel(text or "(nothing)", fontsize=9, fontweight="bold", labelpad=1)

@@ -1,4 +1,4 @@
-"""related/decays.png: how far CRD's two copies lag behind the trained adapter. `python related/plot_decays.py`
+"""Draws decays.png: how far CRD's two copies lag behind the trained adapter. `python related/plot_decays.py`
 
 The decays of crd.py's default run and of its --tiny run, as its flags give them. Guard 1 acts from where the
 sampling copy's is above 0: until then pictures come from the adapter as it was trained last.

@@ -187,7 +187,7 @@ def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
                 assert bool(settings.sam) == any(word in words for word in ("sam", "both", "window"))
             else:
                 own = job.program.parse(["--tiny", "--reward", "pickscore", "--seed", str(job.seed),
-                                         *study.split_flags(study.CONFIGURATIONS[job.configuration], tmp_path)])
+                                         *study.CONFIGURATIONS[job.configuration].split()])
                 own.eval_every, own.eval_reward = 10, study.SETTINGS[-3:]
                 assert settings == own, "their own defaults"
 

@@ -1,4 +1,4 @@
-"""GDRO: Group-level Direct Reward Optimization of text-to-image diffusion models, in one file.
+"""GDRO: Group-level Direct Reward Optimization of text-to-image diffusion models.
 
 The method of arXiv 2601.02036 (CVPR 2026), from its published description. The reward is never
 differentiated, so it may be a black box, and nothing is sampled in training: k pictures of a prompt, drawn
@@ -11,7 +11,8 @@ and scored beforehand, are noised to the same t, and the model is tuned until it
 
 with r_1 >= ... >= r_k and q_i(j) = softmax over j >= i of r_j / tau: a Plackett-Luce ranking with soft
 targets. The last term keeps the likelihood of the best picture from falling while the ranking improves. |.|^2
-is a mean over elements, so that beta doesn't depend on the resolution.
+is a mean over elements, so that beta doesn't depend on the resolution. tau was published for r in [0, 1]; a
+reward of another scale is divided by the widest range that it has over the pictures of one prompt.
 
 Models, sampling, LoRA, rewards, evaluation and the training loop are rsaft.py's. Try it, in one go, or in
 two, of which the second takes any folder of scored pictures:
@@ -22,8 +23,6 @@ two, of which the second takes any folder of scored pictures:
 """
 import contextlib
 import functools
-import json
-import math
 import os
 import sys
 from collections import defaultdict
@@ -34,7 +33,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, SWITCH, RunStopped, UserError, explained, named_generator
+import scored
+from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, SWITCH, RunStopped, UserError, named_generator
 
 
 # ---- The method: tensors in, tensors out -------------------------------------------------------------------
@@ -87,9 +87,10 @@ def implicit_reward(error, error_ref, beta):
 def gdro_loss(s, r, tau):
     """Plackett-Luce ranking loss with soft targets: the first term of L in the docstring on top.
 
-    s: (..., k) implicit rewards; r: (..., k) rewards, in any order; tau: in units of r. Returns (...,).
-    With k = 2 and tau -> 0 it is the DPO loss, -log sigmoid(s_1 - s_2); with tau -> 0 it is minus the log of
-    the probability that drawing without replacement, with weights exp s, gives the order of r.
+    s: (..., k) implicit rewards; r: (..., k) rewards, in any order; tau: in units of r. Returns (...,). With
+    k = 2 and tau -> 0 it is the DPO loss, -log sigmoid(s_1 - s_2); with tau -> 0 it is minus the log of the
+    probability that drawing without replacement, with weights exp s, gives the order of r. A group of equal
+    rewards ranks nothing: 0, without gradient.
     """
     order = r.argsort(-1, descending=True)
     s, r = s.gather(-1, order), r.gather(-1, order)
@@ -97,7 +98,40 @@ def gdro_loss(s, r, tau):
     for i in range(s.shape[-1] - 1):
         q = (r[..., i:] / tau).softmax(-1)
         loss = loss + s[..., i:].logsumexp(-1) - (q * s[..., i:]).sum(-1)
-    return loss
+    return loss.where(r[..., 0] > r[..., -1], 0)
+
+
+def draw_group(r, k, generator):
+    """Which k of a prompt's pictures to rank, indices (k,), at random. Equal rewards are drawn again.
+
+    r: (n,) rewards, not all equal, n >= k >= 2.
+    """
+    while True:
+        chosen = torch.randperm(len(r), generator=generator)[:k]
+        if r[chosen].min() < r[chosen].max():
+            return chosen
+
+
+def combined_advantages(rewards, weights):
+    """Several rewards as one, of which none rules by its larger spread: the weighted sum of advantages.
+
+    rewards: (R, ..., n), R rewards of the n pictures of each prompt; weights: R numbers. An advantage is a
+    reward minus its mean over the n, over its standard deviation; 0 where all n are equal. Returns (..., n).
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    # Told by the rewards: rounding gives equal ones a standard deviation that isn't quite 0.
+    spread = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
+    advantages = (centred / rewards.std(-1, keepdim=True, correction=0)).where(spread, 0)
+    return sum(weight * advantage for weight, advantage in zip(weights, advantages, strict=True))
+
+
+def corrected_score(r, u):
+    """r (u - 3) + 0.2, the paper's guard against hacking in evaluation: r counts only in good pictures.
+
+    r: rewards in [0, 1]; u: quality by a third model from 1 to 5, the mean of its marks; below 3 r counts
+    against the picture. Both of any shape.
+    """
+    return r * (u - 3) + 0.2
 
 
 def update_average(average, current, decay):
@@ -123,115 +157,6 @@ def holding(params, values):
         with torch.no_grad():
             for p, original in zip(params, originals):
                 p.copy_(original)
-
-
-# ---- The scored pictures: NAME.png, its latents in NAME.safetensors, and a line in pictures.jsonl ----------
-
-LINES, SETTINGS = "pictures.jsonl", "drawn.json"
-
-
-def check_drawn(folder, settings):
-    """Raise UserError if the pictures in `folder` were drawn with other `settings`, {name: value}."""
-    if (folder / SETTINGS).is_file():
-        with explained(f"--data {folder}: {SETTINGS} can't be read"):
-            then = json.loads((folder / SETTINGS).read_text())
-        now = json.loads(json.dumps(settings))
-        changed = [name for name in now if then.get(name) != now[name]]
-        if changed:
-            raise UserError(f"--data {folder} was drawn with another {', '.join(changed)}; name another "
-                            "folder")
-
-
-def draw_pictures(settings, model, reward, all_prompts, folder):
-    """Draw and score --pictures of every prompt into `folder`; what is there is kept. Raises UserError."""
-    from PIL import Image
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-    drawn = {name: vars(settings)[name] for name in ("model", "dtype", "height", "width", "sampling_steps",
-                                                     "guidance_scale", "reward", "pictures", "seed")}
-    drawn["prompts"] = all_prompts
-    check_drawn(folder, drawn)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
-        raise UserError(f"--data {folder} is not empty, and was not drawn here; --train takes what is there")
-    prompts = [prompt for prompt in all_prompts for _ in range(settings.pictures)]
-    size, sampling = settings.sampling_batch_size, rsaft.Plan((False,) * settings.sampling_steps)
-    batches = rsaft.micro_batches(prompts, (settings.seed, "draw"), size)
-    with explained(f"--data {folder} can't be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        rsaft.write_atomic(folder / SETTINGS, json.dumps(drawn, indent=1).encode())
-        (folder / LINES).touch()
-        lines = [line for line in (folder / LINES).read_text().splitlines(True) if line.endswith("\n")]
-        # A batch is drawn again as a whole: so its pictures have the bits of a run that wasn't interrupted.
-        first = len(batches) if len(lines) == len(prompts) else len(lines) // size
-        rsaft.write_atomic(folder / LINES, "".join(lines[:first * size]).encode())
-        for batch in tqdm(batches[first:], initial=first, total=len(batches), unit="batch"):
-            with torch.no_grad():
-                # No step has a gradient, so these are the last latents.
-                latents, = rsaft.sample_starts(model, sampling, [batch], size)
-                images, _ = rsaft.sample_images(model, sampling, batch, latents)
-                rewards = reward(images, batch.prompts).tolist()
-            new, rows = [], zip(batch.names, batch.prompts, images, latents, rewards)
-            for name, prompt, image, latent, score in rows:
-                stem = f"{name[-1]:06d}"
-                pixels = image.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-                Image.fromarray(pixels).save(folder / f"{stem}.png")
-                save_file({"latents": latent.cpu().contiguous()}, folder / f"{stem}.safetensors")
-                new.append(json.dumps({"file": f"{stem}.png", "prompt": prompt, "reward": score,
-                                       "seed": [*name, "xT"]}) + "\n")    # of named_generator
-            with open(folder / LINES, "a") as file:    # only now: what has a line is whole
-                file.write("".join(new))
-
-
-def read_lines(folder):
-    """Lines of pictures.jsonl: dicts with file, prompt, reward. Raises UserError, also if some are due."""
-    with explained(f"--data {folder}: {LINES} can't be read"):
-        text = (folder / LINES).read_text()
-        if (folder / SETTINGS).is_file():
-            drawn = json.loads((folder / SETTINGS).read_text())
-            if text.count("\n") < len(drawn["prompts"]) * drawn["pictures"]:
-                raise UserError(f"--data {folder} is drawn in part; without --train the same flags draw the "
-                                "rest")
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
-        with explained(f"--data {folder}: line {number} of {LINES} won't do"):
-            line = json.loads(line)
-            lines.append({**line, "prompt": str(line["prompt"]), "reward": float(line["reward"])})
-    return lines
-
-
-def read_pictures(settings, model, folder, lines):
-    """The scored pictures of `lines`: {prompt: (latents (n, C, h, w), rewards (n,))}, on the CPU.
-
-    Pictures without a NAME.safetensors are encoded by the VAE. Raises UserError for what can't be read, a
-    wrong size, a reward that isn't finite, too few pictures of a prompt.
-    """
-    import numpy
-    from PIL import Image
-    from safetensors.torch import load_file
-    height, width, vae, groups = settings.height, settings.width, model.vae, defaultdict(list)
-    for number, line in enumerate(lines, 1):
-        with explained(f"--data {folder}: line {number} of {LINES} won't do"):
-            path = folder / line["file"]
-            if path.with_suffix(".safetensors").is_file():
-                latents = load_file(path.with_suffix(".safetensors"))["latents"]
-            else:
-                pixels = torch.from_numpy(numpy.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
-                if pixels.shape[2:] != (height, width):
-                    raise ValueError(f"it has {pixels.shape[3]}x{pixels.shape[2]} pixels, not "
-                                     f"{width}x{height}")
-                with torch.no_grad():
-                    encoded = vae.encode((pixels.to(model.device) / 127.5 - 1).to(vae.dtype)).latent_dist.mean
-                latents = model.from_vae(encoded.float())[0].cpu()
-            if latents.shape != model.latent_shape or not math.isfinite(line["reward"]):
-                raise ValueError(f"latents {tuple(latents.shape)}, not {model.latent_shape}; reward "
-                                 f"{line['reward']}")
-            groups[line["prompt"]].append((latents, line["reward"]))
-    few = [prompt for prompt, group in groups.items() if len(group) < settings.group_size]
-    if few or not groups:
-        raise UserError(f"--data {folder} has fewer than --group-size {settings.group_size} pictures of "
-                        f"{few[0] if few else 'any prompt'!r}")
-    return {prompt: (torch.stack([latents for latents, _ in group]),
-                     torch.tensor([reward for _, reward in group])) for prompt, group in groups.items()}
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -263,20 +188,24 @@ def train(settings):
     """Draw and score the pictures that are due, and tune the model on them. Raises UserError, RunStopped."""
     settings, k, folder = check(settings), settings.group_size, Path(settings.data)
     if settings.train and settings.reward:
-        check_drawn(folder, {"reward": settings.reward})
-    lines = read_lines(folder) if settings.train else []
+        scored.check_drawn(folder, {"reward": settings.reward})
+    weights = [weight for _, weight in map(rsaft.split_weight, settings.reward)]
+    combine = functools.partial(combined_advantages, weights=weights)
+    groups = scored.read_groups(settings, combine) if settings.train else {}
     model, scores, prompts, evaluation = rsaft.load(settings, must_have_gradient=False,
-                                                    more_prompts=[line["prompt"] for line in lines])
+                                                    more_prompts=groups)
     if not settings.train:
         try:
-            draw_pictures(settings, model, scores.total, prompts, folder)
+            scored.draw_pictures(settings, model, scores, prompts, folder)
         except KeyboardInterrupt as stop:
             raise RunStopped(f"stopped by hand; the same command with --data {folder} goes on") from stop
-        lines = read_lines(folder)
-    if settings.draw:
-        print(f"pictures, latents and {LINES} are in {folder}")
-        return
-    groups = read_pictures(settings, model, folder, lines)
+        if settings.draw:
+            print(f"pictures, latents and {scored.LINES} are in {folder}")
+            return
+        groups = scored.read_groups(settings, combine)
+    latents = {prompt: scored.read_latents(settings, model, files) for prompt, (files, _) in groups.items()}
+    # Not all rewards' range: what a prompt adds to all of its pictures ranks none of them.
+    unit = settings.tau_unit or max((r.max() - r.min()).item() for _, r in groups.values())
     levels, prediction_type = noise_levels(model)
     # The network's own adapter is the average: it is evaluated and saved. What is trained are copies of its
     # tensors, put into the network for the time of a gradient. With B at 0 it is the reference.
@@ -285,7 +214,7 @@ def train(settings):
     params = [nn.Parameter(p.detach().clone()) for p in average]
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {settings.batch_size} "
-          f"network evaluations without gradient, {settings.batch_size} with")
+          f"network evaluations without gradient, {settings.batch_size} with; tau's unit is {unit:g}")
 
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=params) as run:
         for step in run.steps():
@@ -295,8 +224,8 @@ def train(settings):
                 p.grad = None
             for number, prompt in enumerate(chosen_prompts):
                 rng = named_generator(settings.seed, step, number, "group")
-                chosen = torch.randperm(len(groups[prompt][1]), generator=rng)[:k]
-                x0, r = (tensor[chosen].to(model.device) for tensor in groups[prompt])
+                chosen = draw_group(groups[prompt][1], k, rng)
+                x0, r = (x[chosen].to(model.device) for x in (latents[prompt], groups[prompt][1]))
                 # One t for the group: so like is compared with like.
                 t, alpha, sigma = levels[rsaft.draw(rng, 0, len(levels) - 1)]
                 noise = torch.randn(x0.shape, generator=rng).to(model.device)
@@ -306,7 +235,8 @@ def train(settings):
                     error_ref = squared_error(denoise(x, t), y)
                 with holding(average, params):
                     error = squared_error(denoise(x, t), y)
-                    ranking = gdro_loss(implicit_reward(error, error_ref, settings.beta), r, settings.tau)
+                    s = implicit_reward(error, error_ref, settings.beta)
+                    ranking = gdro_loss(s, r, settings.tau * unit)
                     loss = (ranking + settings.gamma * error[r.argmax()]) / len(chosen_prompts)
                     loss.backward()
                 for name, value in {"reward": r.mean(), "ranking": ranking, "best_error": error[r.argmax()],
@@ -327,6 +257,11 @@ def train(settings):
 # reward rises here for 40 updates and then falls.
 TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
 
+# CRD has it too.
+COMBINE = ("--combine", "sum", "several rewards: their weighted sum, or that of their advantages, each minus "
+           "its mean and over its standard deviation among a prompt's pictures",
+           {"choices": ("sum", "advantages")})
+
 
 def parse(argv=None):
     """The settings of the command line, an argparse.Namespace. Raises UserError."""
@@ -340,13 +275,16 @@ def parse(argv=None):
         ("--pictures", 16, "pictures that are drawn of each prompt", COUNT),
         ("--group-size", 6, "k, how many of them, chosen at random, are ranked in an update", COUNT),
         ("--beta", 12.0, "strength of the implicit reward", AMOUNT),
-        ("--tau", 0.05, "temperature of the soft ranking, in units of the reward; small: the order alone "
-         "counts", AMOUNT),
+        ("--tau", 0.05, "temperature of the soft ranking; small: the order alone counts", AMOUNT),
+        ("--tau-unit", None, "how much of the reward tau is measured in; published: 1, rewards in [0, 1]; "
+         "without the flag the widest range over the pictures of one prompt, which is 1 where they go from 0 "
+         "to 1", AMOUNT),
+        COMBINE,
         ("--gamma", 0.5, "weight of the best picture's own error; 0 turns it off", AMOUNT_OR_0),
         ("--ema-decay", 0.99, "of the average of the weights, which is what is evaluated and saved",
          AMOUNT_OR_0)])
     rsaft.add_common_flags(parser)
-    parser.set_defaults(batch_size=24, learning_rate=1e-4, rank=32)
+    parser.set_defaults(batch_size=24, learning_rate=3e-4, rank=32, train_steps=300)
     return rsaft.parse_with(parser, argv, TINY)
 
 

@@ -24,6 +24,7 @@ from torch.testing import assert_close
 import crd
 import gdro
 import rsaft
+import scored
 
 HERE = Path(__file__).resolve().parent
 TINY, BRIGHT = HERE.parent / "tiny", f"{Path(__file__).resolve()}:bright"
@@ -156,6 +157,44 @@ def test_the_gradient_of_the_loss_agrees_with_finite_differences_and_is_zero_whe
     assert gradient.abs().max() > 0.1
     matched = (r / tau + 3).requires_grad_()
     assert_close(torch.autograd.grad(gdro.gdro_loss(matched, r, tau), matched)[0], torch.zeros_like(r))
+
+
+@pytest.mark.parametrize("tau", [COLD, 0.5])
+def test_a_group_of_equal_rewards_gives_no_gradient(tau):
+    s, r = normal(2, 6).requires_grad_(), torch.stack([torch.full((6,), 0.7).double(), normal(6, seed=1)])
+    loss = gdro.gdro_loss(s, r, tau)
+    equal, other = torch.autograd.grad(loss.sum(), s)[0]
+    assert loss[0] == 0 and (equal == 0).all() and other.abs().max() > 0.1
+
+
+def test_a_group_is_drawn_at_random_among_those_with_different_rewards():
+    r, rng = torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0]), torch.Generator().manual_seed(0)
+    groups = [gdro.draw_group(r, 2, rng).tolist() for _ in range(200)]
+    assert all(sorted(r[group].tolist()) == [0, 1] for group in groups)
+    assert {i for group in groups for i in group} == set(range(8))
+
+
+def test_combined_advantages_are_each_normalised_within_the_prompt_and_then_weighted():
+    """By the textbook; a reward a thousand times as large, or moved, changes nothing; equal ones are 0."""
+    import statistics
+    rewards = normal(2, 3, 5)
+    advantages = gdro.combined_advantages(rewards, [1.0, -0.5])
+    for prompt in range(3):
+        a, b = ([(x - statistics.mean(row)) / statistics.pstdev(row) for x in row]
+                for row in rewards[:, prompt].tolist())
+        assert advantages[prompt].tolist() == pytest.approx([x - 0.5 * y for x, y in zip(a, b)])
+    assert_close(gdro.combined_advantages(torch.stack([1000 * rewards[0] + 7, rewards[1]]), [1.0, -0.5]),
+                 advantages)
+    equal = torch.stack([rewards[0], torch.full((3, 5), 0.1).double()])
+    assert_close(gdro.combined_advantages(equal, [1.0, 9.0]), gdro.combined_advantages(rewards[:1], [1.0]))
+    assert (gdro.combined_advantages(equal[1:].float(), [1.0]) == 0).all()
+    with pytest.raises(ValueError):
+        gdro.combined_advantages(rewards, [1.0])
+
+
+def test_the_corrected_score_is_the_papers():
+    r, u = torch.tensor([0.0, 0.5, 1.0, 1.0]), torch.tensor([1.0, 5.0, 3.0, 1.0])
+    assert gdro.corrected_score(r, u).tolist() == pytest.approx([0.2, 1.2, 0.2, -1.8])
 
 
 def test_the_implicit_reward_is_the_fall_of_the_mean_squared_error_times_beta():
@@ -489,7 +528,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("module, guidance_scale, rise, flags", [
-    (gdro, 3.0, 0.015, ["--pictures", 6, "--ema-decay", 0.5, "--tau", 0.005]),
+    (gdro, 3.0, 0.015, ["--pictures", 6, "--ema-decay", 0.5]),
     (crd, 1.0, 0.07, ["--group-size", 6, "--eval-sampling-steps", 6])])
 def test_a_short_run_raises_a_reward_without_gradient_and_plain_diffusers_loads_the_adapter(
         tmp_path, capsys, module, guidance_scale, rise, flags):
@@ -565,7 +604,7 @@ def test_the_pictures_are_drawn_once_and_an_interrupted_drawing_goes_on(
     assert_close(load_file(drawn / "000007.safetensors")["latents"], end[0], rtol=1e-3, atol=1e-3)
     assert (pixels(drawn / line["file"]) - 255 * image[0]).abs().max() <= 1
     score = rsaft.make_reward(BRIGHT)(image, [line["prompt"]]).item()
-    assert score == pytest.approx(line["reward"], abs=5e-3)
+    assert [score] == pytest.approx(line["rewards"], abs=5e-3) and line["reward"] == line["rewards"][0]
 
     broken, flags = tmp_path / "broken", [*small, "--pictures", 4]
     shutil.copytree(drawn, broken)                 # as after a power cut, in the middle of a line
@@ -622,23 +661,25 @@ def test_training_takes_your_own_scored_pictures(tmp_path, small, capsys):
     assert [record["reward"] for record in records(tmp_path / "out")] == pytest.approx([5.5, 5.5], abs=2)
 
     settings, (model, _) = gdro.check(gdro.parse(list(map(str, flags)))), new_model()
-    groups = gdro.read_pictures(settings, model, data, gdro.read_lines(data))
-    latents, rewards = groups[world.CAPTIONS[1]]
+    names, rewards = scored.read_groups(settings, None)[world.CAPTIONS[1]]
     assert rewards.tolist() == [1, 5, 9]
+    latents = scored.read_latents(settings, model, names)
     with torch.no_grad():        # what was encoded is the picture again
         assert (model.decode(latents) - images[1::4]).square().mean() < 5e-3
     for line, words in (json.dumps({"file": "0.png", "prompt": "x"}), "line 13"), (
             json.dumps({"file": "0.png", "prompt": "x", "reward": math.nan}), "line 13"), (
-            json.dumps({"file": "12.png", "prompt": "x", "reward": 1}), "line 13"), (
             json.dumps({"file": "0.png", "prompt": "x", "reward": 1}), "fewer than"), ("{", "line 13"):
         (data / "pictures.jsonl").write_text("\n".join([*lines, line]))
         with pytest.raises(rsaft.UserError, match=words):
-            gdro.read_pictures(settings, model, data, gdro.read_lines(data))
+            scored.read_groups(settings, None)
+    with pytest.raises(rsaft.UserError, match="12.png won't do"):
+        scored.read_latents(settings, model, ["12.png"])
     Image.new("RGB", (48, 32)).save(data / "0.png")
     (data / "pictures.jsonl").write_text("\n".join(lines))
     assert call(gdro.main, *flags, "--out", tmp_path / "none") == 2
     error = capsys.readouterr().err
-    assert "line 1 of" in error and "48x32 pixels, not 32x32" in error and not (tmp_path / "none").exists()
+    assert "0.png won't do" in error and "48x32 pixels, not 32x32" in error
+    assert not (tmp_path / "none").exists()
     assert error.startswith("related/gdro.py: ") and len(error.splitlines()) == 1
 
 
@@ -701,6 +742,8 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
     lines = [json.loads(line) for line in (drawn / "pictures.jsonl").read_text().splitlines()]
     trained = {life.updates: life.state["extra"] for life in gdro_lives}.get(made)
     (model, params), (frozen, _), loss, best, rewards = new_model(weights=trained), new_model(), 0, [], []
+    scores = [[line["reward"] for line in lines if line["prompt"] == prompt] for prompt in FIVE]
+    tau = 0.2 * max(max(of_prompt) - min(of_prompt) for of_prompt in scores)
     for number, prompt in enumerate(rsaft.training_prompts(FIVE, 0, made, 2)):
         rng = rsaft.named_generator(0, made, number, "group")
         pictures = [line for line in lines if line["prompt"] == prompt]
@@ -713,7 +756,7 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
         error, error_ref = ((y - predict(each, x, t, prompt)).square().mean((1, 2, 3))
                             for each in (model, frozen))
         s = error_ref.detach() - error    # beta is 1
-        loss = loss + (gdro.gdro_loss(s, r, 0.2) + 0.7 * error[r.argmax()]) / 2
+        loss = loss + (gdro.gdro_loss(s, r, tau) + 0.7 * error[r.argmax()]) / 2
         best.append(error[r.argmax()].item())
         rewards.append(r.mean().item())
     loss.backward()
@@ -722,6 +765,72 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
     assert record["best_error"] == pytest.approx(sum(best) / 2, rel=1e-4)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
     assert record["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def rescored(drawn, folder, change):
+    """A copy of the folder of pictures, in which change(number, line) has put other rewards in the lines."""
+    shutil.copytree(drawn, folder)
+    lines = [json.loads(line) for line in (drawn / "pictures.jsonl").read_text().splitlines()]
+    changed = [json.dumps({**line, **change(number, line)}) + "\n" for number, line in enumerate(lines)]
+    (folder / "pictures.jsonl").write_text("".join(changed))
+    return folder
+
+
+def test_the_rewards_scale_is_taken_out_of_tau_and_tau_unit_1_leaves_it_in(tmp_path, small_gdro, drawn):
+    data = rescored(drawn, tmp_path / "data", lambda number, line: {"reward": 4096 * line["reward"]})
+    more, larger = ["--eval-every", 0, "--train-steps", 2, "--train"], ["--data", data]
+    weights = {}
+    for name, flags in {"as drawn": [], "larger": larger, "1": [*larger, "--tau-unit", 1]}.items():
+        assert small_gdro.run(*small_gdro.flags, *more, *flags, "--out", tmp_path / name) == 0
+        weights[name] = checkpoint(tmp_path / name)["extra"]
+    assert_close(weights["larger"], weights["as drawn"], rtol=0, atol=0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights["1"], weights["as drawn"]))
+
+
+def test_prompts_whose_pictures_have_equal_rewards_are_left_out(tmp_path, small_gdro, drawn, capsys):
+    """Of the others no group of equal rewards is ranked, so that each update has a gradient."""
+    data = rescored(drawn, tmp_path / "data", lambda number, line: {"reward": float(number == 6)})
+    capsys.readouterr()
+    flags = [*small_gdro.flags, "--eval-every", 0, "--train", "--data", data, "--train-steps", 3]
+    assert small_gdro.run(*flags, "--out", tmp_path / "out") == 0
+    assert "4 of 5 prompts are left out" in capsys.readouterr().out
+    assert [record["reward"] for record in records(tmp_path / "out")] == pytest.approx([1 / 3] * 3)
+
+    data = rescored(drawn, tmp_path / "equal", lambda number, line: {"reward": 0.5})
+    assert small_gdro.run(*flags, "--data", data, "--out", tmp_path / "none") == 2
+    out, error = capsys.readouterr()
+    assert "there is nothing to rank" in error and "loading" not in out and not (tmp_path / "none").exists()
+
+
+def dark_left(images, prompts):
+    """A second black box, of a larger spread."""
+    return 1000 - 100 * (images[..., :16] > 0.5).float().mean((1, 2, 3))
+
+
+def test_several_rewards_are_drawn_once_and_combined_when_they_are_read(tmp_path, small, capsys):
+    two = ["--reward", BRIGHT, f"{BRIGHT.rpartition(':')[0]}:dark_left=0.5"]
+    flags = [*small, *two, "--pictures", 4, "--eval-every", 0, "--train-steps", 1, "--data", tmp_path / "two"]
+    assert call(gdro.main, *flags, "--draw") == 0
+    lines = [json.loads(line) for line in (tmp_path / "two" / "pictures.jsonl").read_text().splitlines()]
+    each = torch.tensor([line["rewards"] for line in lines]).T.view(2, 5, 4)
+    totals = torch.tensor([line["reward"] for line in lines]).view(5, 4)
+    assert_close(totals, each[0] + 0.5 * each[1])
+    advantages = gdro.combined_advantages(each, [1.0, 0.5])
+    for how, expected in ("sum", totals), ("advantages", advantages):
+        out = tmp_path / how
+        assert call(gdro.main, *flags, "--combine", how, "--out", out) == 0    # the pictures serve both
+        prompts, ranked = rsaft.training_prompts(FIVE, 0, 0, 2), []
+        for number, prompt in enumerate(prompts):
+            rng = rsaft.named_generator(0, 0, number, "group")
+            r = expected[FIVE.index(prompt)]
+            ranked.append(r[gdro.draw_group(r, 3, rng)].mean().item())
+        assert records(out)[0]["reward"] == pytest.approx(sum(ranked) / 2, abs=1e-5)
+    assert not torch.equal(totals.argmax(1), advantages.argmax(1))
+
+    data = rescored(tmp_path / "two", tmp_path / "one", lambda _, line: {"rewards": line["rewards"][:1]})
+    assert call(gdro.main, *flags, "--data", data, "--train", "--combine", "advantages") == 2
+    error = capsys.readouterr().err
+    assert "line 1 of pictures.jsonl" in error and "must be 2 finite" in error
 
 
 # ---- CRD's training ----------------------------------------------------------------------------------------
@@ -895,6 +1004,7 @@ def test_the_example_of_a_black_box_is_the_accuracy_of_the_oracle():
     (gdro.main, ["--out", "full"], "holds no run"),
     (gdro.main, ["--sam"], "--sam"),
     (gdro.main, ["--tau", "0"], "--tau"),
+    (gdro.main, ["--combine", "product"], "--combine"),
     (crd.main, ["--group-size", "1"], "--group-size"),
     (crd.main, ["--group-size", "7"], "--group-size"),
     (crd.main, ["--loss", "l1"], "--loss"),

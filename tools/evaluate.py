@@ -2,6 +2,7 @@
 
     python tools/evaluate.py runs/000 runs/000/best
     python tools/evaluate.py A B --eval-reward judge pickscore --lora-scale 0.5 1 --out DIR
+    python tools/evaluate.py runs/000 --eval-reward ocr quality.py:marks --corrected ocr marks
 
 An adapter is a folder with pytorch_lora_weights.safetensors or such a file, of rsaft.py or of any trainer
 whose file diffusers loads. Model, prompts and sampling are those of the run, from the config.json beside the
@@ -53,6 +54,8 @@ def parse(argv=None):
     parser.flags("of this program", [
         ("--lora-scale", [1.0], "strengths of each adapter; 1 is as trained",
          {**rsaft.number(float, -100, 100), "nargs": "+"}),
+        ("--corrected", None, "GDRO's corrected score too, REWARD (QUALITY - 3) + 0.2, of two scores: a "
+         "reward from 0 to 1, a quality from 1 to 5", {"nargs": 2, "metavar": ("REWARD", "QUALITY")}),
         ("--sampling-batch-size", None, "pictures at a time", rsaft.COUNT),
         ("--device", None, "cuda, mps or cpu; without the flag the first of them that is there", name),
         ("--out", None, "a new folder; without the flag evaluation/ beside the first adapter", folder)])
@@ -101,6 +104,11 @@ def make_settings(given, files):
             setattr(settings, name, value)
     if given.prompts:
         settings.eval_prompts = given.eval_prompts
+    named = [rsaft.short_name(name) for name in settings.eval_reward]
+    for name in given.corrected or []:
+        if name not in named:
+            raise UserError(f"--corrected {' '.join(given.corrected)}: {name} is none of the scores, "
+                            f"{', '.join(named)}; see --eval-reward")
     if settings.eval_images < 2:
         raise UserError("one picture has no interval; see --eval-images")
     out = Path(given.out or files[0].parent / "evaluation")
@@ -190,6 +198,11 @@ def evaluate(given):
                     pipe.set_adapters("judged", scale)
                     name = adapter if scale == 1 else f"{adapter} x {scale:g}"
                     rows.append(Row(name, adapter, scale, *judge()))
+    if given.corrected:
+        reward, quality = given.corrected
+        corrected_score = rsaft.import_file(Path(rsaft.HERE, "related/gdro.py")).corrected_score
+        for row in rows:
+            row.scores[f"corrected {reward}"] = corrected_score(row.scores[reward], row.scores[quality])
     table, out = make_table(rows), Path(settings.out)
     rsaft.say(f"\n{table}")
     rsaft.write_atomic(out / "table.txt", f"{table}\n".encode())

@@ -131,6 +131,22 @@ def test_a_run_that_evaluates_in_steps_of_its_own_is_judged_in_them(run, judged,
 
 
 @needs_peft
+def test_the_corrected_score_is_of_two_of_the_scores_picture_by_picture(run, tmp_path, capsys):
+    (tmp_path / "marks.py").write_text("def quality(images, prompts): return 1 + 4 * images.mean((1, 2, 3))")
+    rewards = f"{rsaft.HERE / 'tiny/world.py'}:oracle_accuracy", f"{tmp_path / 'marks.py'}:quality"
+    argv = [str(run), "--eval-reward", *rewards, "--eval-images", "6", "--corrected", "oracle_accuracy",
+            "quality", "--out", str(tmp_path / "out")]
+    assert evaluate.main(argv) == 0
+    for row in scores(tmp_path / "out").values():
+        expected = [r * (u - 3) + 0.2 for r, u in zip(row["oracle_accuracy"], row["quality"])]
+        assert row["corrected oracle_accuracy"] == pytest.approx(expected) and len(expected) == 6
+    assert "corrected oracle_accuracy" in (tmp_path / "out" / "table.txt").read_text()
+    argv = [*argv[:-1], tmp_path / "none", "--corrected", "judge", "quality"]
+    assert "judge is none of the scores" in refused(capsys, evaluate.main, *argv)
+    assert not (tmp_path / "none").exists()
+
+
+@needs_peft
 def test_an_adapter_of_another_trainer_needs_no_run(run, tmp_path):
     """kohya's names, which diffusers knows."""
     tensors = {}

@@ -112,17 +112,27 @@ def draw_group(r, k, generator):
             return chosen
 
 
-def combined_advantages(rewards, weights):
-    """Several rewards as one, of which none rules by its larger spread: the weighted sum of advantages.
+def weighted_sum(rewards, weights):
+    """R rewards as one: (R, ..., n) and R numbers to (..., n)."""
+    return sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
 
-    rewards: (R, ..., n), R rewards of the n pictures of each prompt; weights: R numbers. An advantage is a
-    reward minus its mean over the n, over its standard deviation; 0 where all n are equal. Returns (..., n).
+
+def combined_advantages(rewards, weights):
+    """R rewards as one, of which none rules by its larger spread: the weighted sum of their advantages.
+
+    rewards: (R, ..., n), n pictures of each prompt; weights: R numbers. An advantage is a reward minus its
+    mean over the n, over its standard deviation; 0 where all n are equal. Returns (..., n).
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     # Told by the rewards: rounding gives equal ones a standard deviation that isn't quite 0.
     spread = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
     advantages = (centred / rewards.std(-1, keepdim=True, correction=0)).where(spread, 0)
-    return sum(weight * advantage for weight, advantage in zip(weights, advantages, strict=True))
+    return weighted_sum(advantages, weights)
+
+
+COMBINATIONS = {"sum": weighted_sum, "advantages": combined_advantages}    # CRD has them too
+COMBINE = ("--combine", "sum", "several rewards: their weighted sum, or that of their advantages, each minus "
+           "its mean and over its standard deviation among a prompt's pictures", {"choices": [*COMBINATIONS]})
 
 
 def corrected_score(r, u):
@@ -226,9 +236,9 @@ def train(settings):
                 rng = named_generator(settings.seed, step, number, "group")
                 chosen = draw_group(groups[prompt][1], k, rng)
                 x0, r = (x[chosen].to(model.device) for x in (latents[prompt], groups[prompt][1]))
-                # One t for the group: so like is compared with like.
+                # One t and one noise for the group: so like is compared with like.
                 t, alpha, sigma = levels[rsaft.draw(rng, 0, len(levels) - 1)]
-                noise = torch.randn(x0.shape, generator=rng).to(model.device)
+                noise = torch.randn(x0.shape[1:], generator=rng).expand_as(x0).to(model.device)
                 x, y = forward_process(x0, noise, alpha, sigma, prediction_type)
                 denoise = model.denoiser([prompt] * k, own_scale(model))
                 with torch.no_grad(), holding(average, reference):
@@ -256,11 +266,6 @@ def train(settings):
 # Beta and length are those of a run on seed 1, after seed 0 had shown that with the published beta, 12, the
 # reward rises here for 40 updates and then falls.
 TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
-
-# CRD has it too.
-COMBINE = ("--combine", "sum", "several rewards: their weighted sum, or that of their advantages, each minus "
-           "its mean and over its standard deviation among a prompt's pictures",
-           {"choices": ("sum", "advantages")})
 
 
 def parse(argv=None):

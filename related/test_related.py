@@ -751,7 +751,7 @@ def test_gdros_update_is_the_gradient_of_its_loss_on_groups_of_scored_pictures(
         stems, r = [line["file"][:6] for line in group], torch.tensor([line["reward"] for line in group])
         x0 = torch.stack([load_file(drawn / f"{stem}.safetensors")["latents"] for stem in stems])
         t = torch.randint(1000, (), generator=rng).item()
-        y = torch.randn(x0.shape, generator=rng)
+        y = torch.randn(LATENT, generator=rng).expand_as(x0)
         x = noised(model, x0, y, t)
         error, error_ref = ((y - predict(each, x, t, prompt)).square().mean((1, 2, 3))
                             for each in (model, frozen))

@@ -263,9 +263,8 @@ def train(settings):
 
 # ---- Flags -------------------------------------------------------------------------------------------------
 
-# Beta and length are those of a run on seed 1, after seed 0 had shown that with the published beta, 12, the
-# reward rises here for 40 updates and then falls.
-TINY = {**rsaft.TINY, "batch_size": 48, "beta": 200.0, "train_steps": 100}
+# Beta is by pilots on seed 1: with 50 the reward rises as far and falls from update 90 on.
+TINY = {**rsaft.TINY, "batch_size": 48, "beta": 100.0, "train_steps": 100}
 
 
 def parse(argv=None):

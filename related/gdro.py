@@ -271,7 +271,7 @@ def parse(argv=None):
     """The settings of the command line, an argparse.Namespace. Raises UserError."""
     parser = rsaft.Parser("related/gdro.py",
                           "Group-level Direct Reward Optimization of text-to-image diffusion models.")
-    parser.flags("method", [
+    parser.flags("method (defaults: as published for OCR, where it is known)", [
         ("--data", "runs/groups", "the folder with the scored pictures", {"metavar": "DIR"}),
         ("--draw", False, "draw and score the pictures, and stop there", SWITCH),
         ("--train", False, "draw nothing: train on what is in --data, your own scored pictures for instance; "

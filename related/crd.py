@@ -17,8 +17,7 @@ regresses. Three guards keep the model from drifting, each with a flag that turn
     2. the anchor f_ref is the frozen model WITH guidance, the tuned one runs without --anchor-scale 1
     3. the anchor holds fast where the reward is high, and weakly where it is low     --anchor-weight constant
 
-Defaults of the method, batch size, rate and rank are the paper's or the port's but for what --help calls ours
-(README.md has a table). Models, sampling, LoRA, rewards, evaluation, training loop are rsaft.py's. Try it:
+Defaults are the paper's or the port's but for what --help calls ours. All else is rsaft.py's. Try it:
 
     python related/crd.py --tiny --reward pickscore
     python related/crd.py --tiny --reward tiny/world.py:oracle_accuracy
@@ -35,8 +34,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from gdro import (check_alone, forward_process, holding, noise_levels, own_scale, squared_error,
-                  update_average)
+from gdro import (COMBINATIONS, COMBINE, check_alone, forward_process, holding, noise_levels, own_scale,
+                  squared_error, update_average, weighted_sum)
+from scored import each_reward
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, explained, named_generator
 
 
@@ -126,7 +126,7 @@ def train(settings):
     reference, old, sampling, params = ([p.detach().clone() for p in average] for _ in range(4))
     params = [nn.Parameter(p) for p in params]
     latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)    # of the epoch's pictures
-    rewards = torch.zeros(groups, n, device=model.device)
+    rewards = torch.zeros(len(scores.weights), groups, n, device=model.device)
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
@@ -137,8 +137,8 @@ def train(settings):
         with holding(average, old if settings.sampler == "old" else sampling):
             ends = rsaft.sample_starts(sampler, plan, batches, settings.sampling_batch_size)
         latents.copy_(torch.cat(ends).view_as(latents))        # no step has a gradient: the last ones
-        scored = [scores.total(model.decode(end), batch.prompts) for end, batch in zip(ends, batches)]
-        rewards.copy_(torch.cat(scored).view_as(rewards))
+        scored = [each_reward(scores, model.decode(end), batch.prompts) for end, batch in zip(ends, batches)]
+        rewards.copy_(torch.cat(scored, 1).view_as(rewards))
 
     parts = groups * settings.noise_levels          # of the loss of an update, a group at a level each
     free = 1 + (model.branches_at(settings.anchor_scale) if settings.kl > 0 else 0)
@@ -152,8 +152,10 @@ def train(settings):
             chosen = rsaft.training_prompts(prompts, settings.seed, epoch, groups)
             if update == 0:
                 draw_and_score([prompt for prompt in chosen for _ in range(n)], epoch)
-            log = defaultdict(float, {"epoch": epoch, "reward": rewards.mean().item()})
-            advantages = scaled_advantage(rewards, settings.max_advantage, settings.advantage_std)
+            total = weighted_sum(rewards, scores.weights.values())
+            combined = COMBINATIONS[settings.combine](rewards, scores.weights.values())
+            log = defaultdict(float, {"epoch": epoch, "reward": total.mean().item()})
+            advantages = scaled_advantage(combined, settings.max_advantage, settings.advantage_std)
             for part in range(parts):    # one backward each: so memory doesn't grow with the levels
                 number, i = divmod(part, settings.noise_levels)
                 prompt, x0, R = chosen[number], latents[number], advantages[number]
@@ -202,6 +204,7 @@ def parse(argv=None):
     parser = rsaft.Parser("related/crd.py", "Centered Reward Distillation of text-to-image diffusion models.")
     parser.flags("method (defaults: the paper's or the port's, but for what is ours)", [
         ("--group-size", 24, "n, pictures of a prompt", COUNT),
+        COMBINE,
         ("--epoch-updates", 2, "updates on an epoch's --batch-size pictures; ours: each on all", COUNT),
         ("--noise-levels", 20, "of a picture in an update, from the sampling steps, in strata", COUNT),
         ("--beta", 1.0, "strength of the implicit reward", AMOUNT),

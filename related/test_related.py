@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections import namedtuple
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -807,6 +808,10 @@ def dark_left(images, prompts):
     return 1000 - 100 * (images[..., :16] > 0.5).float().mean((1, 2, 3))
 
 
+def dark_left_in_tenths(images, prompts):
+    return 10 * dark_left(images, prompts)
+
+
 def test_several_rewards_are_drawn_once_and_combined_when_they_are_read(tmp_path, small, capsys):
     two = ["--reward", BRIGHT, f"{BRIGHT.rpartition(':')[0]}:dark_left=0.5"]
     flags = [*small, *two, "--pictures", 4, "--eval-every", 0, "--train-steps", 1, "--data", tmp_path / "two"]
@@ -839,7 +844,7 @@ def crds_tensors(state):
     """Of a checkpoint: the average, the trained weights, the OLD and the SAMPLING copy; latents; rewards."""
     average, (*copies, latents, rewards) = list(state["adapter"].values()), state["extra"]
     n = len(average)
-    return average, copies[:n], copies[n:2 * n], copies[2 * n:], latents, rewards
+    return average, copies[:n], copies[n:2 * n], copies[2 * n:], latents, rewards[0]
 
 
 def test_crds_copies_follow_their_schedules_and_the_saved_adapter_is_the_average(crd_lives):
@@ -890,6 +895,20 @@ def test_crds_sampling_copy_or_its_old_one_draws_the_pictures_also_after_a_stop(
     assert_close(latents.flatten(0, 1), expected, rtol=1e-3, atol=1e-3)
     assert_close(rewards.flatten(), scores, rtol=0, atol=1e-3)
     assert records(lives[-1].out)[4]["reward"] == pytest.approx(scores.mean().item(), abs=1e-4)
+
+
+def test_a_reward_in_a_larger_unit_rules_crds_sum_and_not_its_advantages(tmp_path, small):
+    """dark_left is in hundreds. One in thousands, weighted as much, gives the same update by advantages."""
+    file, adapters = BRIGHT.rpartition(":")[0], {}
+    for name, how in product(("dark_left", "dark_left_in_tenths"), ("sum", "advantages")):
+        out = tmp_path / name / how
+        flags = ["--reward", BRIGHT, f"{file}:{name}=0.5", "--combine", how, "--learning-rate", 1e-2]
+        assert call(crd.main, *small, *flags, "--train-steps", 1, "--eval-every", 0, "--out", out) == 0
+        adapters[name, how] = torch.cat([p.flatten() for p in checkpoint(out)["adapter"].values()])
+    once, again = (adapters[name, "advantages"] for name in ("dark_left", "dark_left_in_tenths"))
+    assert_close(once, again, rtol=0, atol=1e-4)
+    assert (adapters["dark_left", "sum"] - adapters["dark_left_in_tenths", "sum"]).abs().max() > 1e-3
+    assert (once - adapters["dark_left", "sum"]).abs().max() > 1e-3
 
 
 def update_by_hand(made, drawn, before=None, form="square", temperature=math.inf, adaptive=True, kl=0.1,

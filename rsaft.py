@@ -1442,7 +1442,7 @@ class Run:
 
     def evaluate(self, step):
         """Score the evaluation's pictures; keep the adapter if its held-out score is the best so far."""
-        scores, judge = self.evaluation.scores, self.evaluation.scores.judge
+        judge = self.evaluation.scores.judge
         if step == 0:
             say(f"evaluating {len(self.evaluation.prompts)} pictures before the first update")
         self.counts.clear()

@@ -571,6 +571,17 @@ def differences(runs, part):
     return table(["method", "configuration", "at equal", "pairs", "proxy", *MEASURES.values()], lines)
 
 
+def guard(runs, part):
+    """CRD with guard 1 minus CRD without it, pair by pair, at equal proxy and at equal updates."""
+    lines, (own, old) = [], (of_seeds(runs, part, name) for name in ("crd", "crd old"))
+    for axis, gain in *(("proxy", gain) for gain in part.gains), ("step", 0):
+        pairs = [at_equal(axis, gain, own[seed], old[seed]) for seed in own if seed in old]
+        proxy, *others = subtracted([pair for pair in pairs if pair])
+        lines.append([AXES[axis].format(gain), f"{sum(map(bool, pairs))} of {len(pairs)}",
+                      "" if axis == "proxy" else proxy, *others])
+    return table(["at equal", "pairs", "proxy", *MEASURES.values()], lines)
+
+
 def steadiness(runs, part):
     """How many runs fall back from their best judge score, and how far the last scores lie apart."""
     lines = []
@@ -700,6 +711,8 @@ def report(runs, parts, pilots):
             text += ["Minus the base model:\n", gained(runs, part), "\nMinus plain, pair by pair:\n",
                      differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
+        if name == "crd":
+            text += ["\nGuard 1, acting minus switched off:\n", guard(runs, part)]
         if name == "again":
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]

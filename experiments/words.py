@@ -57,7 +57,7 @@ def draw(folders, path):
     folder = folders["plain"]
     blocks = [("base", folder, last_line(folder, first=True))]
     blocks += [(name, folder, last_line(folder)) for name, folder in folders.items()]
-    figure = pyplot.figure(figsize=(11, 5.2), layout="constrained")
+    figure = pyplot.figure(figsize=(11, 3.9), layout="constrained")
     for part, (name, folder, line) in zip(figure.subfigures(2, 2, wspace=0.03, hspace=0.03).flat, blocks):
         pictures = read_grid(folder, line["step"])[:SHOWN]
         prompts = (folder / "samples/prompts.txt").read_text(encoding="utf-8").splitlines()[:SHOWN]
@@ -70,7 +70,7 @@ def draw(folders, path):
             axis.set_xlabel(text or "(nothing)", fontsize=9, fontweight="bold", labelpad=1)
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 

@@ -318,7 +318,8 @@ def test_what_is_fetched_from_a_hub_is_what_loads(folders, name, tmp_path):
             (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).hardlink_to(path)
     with torch.no_grad():
-        assert torch.equal(*(sample(load(folder, guidance_scale=1.0)) for folder in (tmp_path, folders[name])))
+        made = [sample(load(folder, guidance_scale=1.0)) for folder in (tmp_path, folders[name])]
+        assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -485,7 +486,7 @@ def test_crd_and_gdro_make_an_update(folders, name, module, tmp_path, monkeypatc
         assert {*given} == ({1.0, 4.5} if module is crd else {3.5})
 
 
-def test_a_guided_anchor_of_a_distilled_model_is_refused_before_anything_is_written(folders, tmp_path, capsys):
+def test_a_guided_anchor_of_a_distilled_model_is_refused_before_anything_is_there(folders, tmp_path, capsys):
     out, more = tmp_path / "out", ["--reward", "judge", "--group-size", "2", "--train-steps", "1",
                                    "--noise-levels", "1", "--eval-sampling-steps", "4"]
     assert crd.main(flags(folders["schnell"], out, *more)) == 2

@@ -13,7 +13,7 @@ def load_original(folders, name):
 
 
 def renamed(state, rules):
-    """A checkpoint under new names: each of the (pattern, replacement) rules applied to every key, in order."""
+    """A checkpoint under new names: each of the (pattern, replacement) rules applied to each key in turn."""
     for pattern, replacement in rules:
         state = {re.sub(pattern, replacement, key): tensor for key, tensor in state.items()}
     return state

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from _original import linear_head, load_original
 from rsaft import embed_images, load_complete
 
-FILES = {"config.json": "openai/clip-vit-large-patch14", "aesthetic-model.pth": "trl-lib/ddpo-aesthetic-predictor"}
+FILES = {"config.json": "openai/clip-vit-large-patch14",
+         "aesthetic-model.pth": "trl-lib/ddpo-aesthetic-predictor"}
 
 
 def load(folders, device):

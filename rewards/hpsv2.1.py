@@ -5,4 +5,5 @@ from rsaft import import_file
 
 hpsv2 = import_file(Path(__file__).with_name("hpsv2.py"))    # by its path: there is a package of that name
 load = hpsv2.load
-FILES = {"HPS_v2.1_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": hpsv2.FILES["tokenizer_config.json"]}
+FILES = {"HPS_v2.1_compressed.pt": "xswu/HPSv2",
+         "tokenizer_config.json": hpsv2.FILES["tokenizer_config.json"]}

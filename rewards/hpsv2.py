@@ -2,7 +2,8 @@
 from _original import load_original, renamed
 from rsaft import clip_reward
 
-FILES = {"HPS_v2_compressed.pt": "xswu/HPSv2", "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+FILES = {"HPS_v2_compressed.pt": "xswu/HPSv2",
+         "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
 # Trap: the default hidden_act of CLIPConfig, quick_gelu, is wrong for it.
 VIT_H = dict(text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
@@ -16,8 +17,10 @@ OPEN_CLIP = (  # open_clip's names to those of transformers' CLIPModel
     (r"^vision_model\.proj$", "visual_projection.weight"),
     (r"^text_model\.text_projection$", "text_projection.weight"),
     (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
-    (r"\.(token_embedding|class_embedding)", r".embeddings.\1"), (r"\.conv1\.", ".embeddings.patch_embedding."),
-    (r"\.ln_final\.", ".final_layer_norm."), (r"\.ln_pre\.", ".pre_layrnorm."), (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.(token_embedding|class_embedding)", r".embeddings.\1"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_final\.", ".final_layer_norm."), (r"\.ln_pre\.", ".pre_layrnorm."),
+    (r"\.ln_post\.", ".post_layernorm."),
     (r"\.ln_([12])\.", r".layer_norm\1."), (r"\.transformer\.resblocks\.", ".encoder.layers."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 
@@ -27,7 +30,7 @@ def make_vit_h(state, tokenizer_source):
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
     from transformers.initialization import no_init_weights
     config = CLIPConfig(**VIT_H)
-    # Trap: the text is pooled at the first eos_token_id; with an id that never occurs, silently at position 0.
+    # Trap: the text is pooled at the first eos_token_id; with one that never occurs, silently at position 0.
     config.text_config.eos_token_id = AutoTokenizer.from_pretrained(tokenizer_source).eos_token_id
     with no_init_weights():    # all are loaded: random numbers for a billion weights would take seconds
         model = CLIPModel(config)

@@ -29,7 +29,8 @@ def load_blip(state, tokenizer_source, length, device):
     from transformers.initialization import no_init_weights
     with no_init_weights():    # all are loaded: random numbers would take seconds
         vision = BlipVisionModel(BlipVisionConfig(**BLIP_LARGE))
-        text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)  # a "decoder" has cross attention
+        # A "decoder" has cross attention.
+        text = BlipTextModel(BlipTextConfig(**BLIP_TEXT), add_pooling_layer=False)
     for unused in "blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids":
         take(state, unused)
     vision.load_state_dict(renamed(take(state, "blip.visual_encoder."), BLIP_VISION))
@@ -40,7 +41,8 @@ def load_blip(state, tokenizer_source, length, device):
 
     def features(images, prompts):
         image = vision(pixel_values=clip_pixels(images, BLIP_LARGE["image_size"])).last_hidden_state
-        return text(**tokenize(prompts), encoder_hidden_states=image, is_decoder=False).last_hidden_state[:, 0]
+        states = text(**tokenize(prompts), encoder_hidden_states=image, is_decoder=False).last_hidden_state
+        return states[:, 0]
 
     return features
 

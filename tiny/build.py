@@ -1,7 +1,7 @@
 """Make every model of the small world: `python tiny/build.py`, about half an hour on two CPU cores.
 
-Parts that are there already are kept, so a stopped build goes on with the part it was in; delete a folder to make
-it anew. Each part has its own seed. At the end, or at once when nothing is missing, all models are measured.
+Parts that are there already are kept, so a stopped build goes on with the part it was in; delete a folder to
+make it anew. Each part has its own seed. At the end, or at once when nothing is missing, all are measured.
 
     pickscore/           CLIPModel, the proxy reward: accurate and brittle (no augmentation)
     judge/               CLIPModel, held out: another seed, and trained under noise, blur and contrast
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
                           CLIPTokenizer)
 
-transformers.logging.set_verbosity_error()        # before diffusers, which would have it warn about torchvision
+transformers.logging.set_verbosity_error()    # before diffusers, which would have it warn about torchvision
 transformers.logging.disable_progress_bar()
 import diffusers
 from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 TOKENS = 16                                       # length of a padded prompt
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # CLIP's normalisation
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-UNET_STEPS, UNET_STOP = 3000, 1300                # stopped early on purpose: a base model that leaves room to improve
+UNET_STEPS, UNET_STOP = 3000, 1300    # stopped early on purpose: a base model with room to improve
 FLOW_STEPS, FLOW_STOP = 4000, 1850                # the same for the flow model
 
 
@@ -79,8 +79,8 @@ def tokenizer():
             pieces = [pieces[0] + pieces[1]] + pieces[2:]
             vocabulary.append(pieces[0])
     vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=list(dict.fromkeys(merges)),
-                         model_max_length=TOKENS)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)},
+                         merges=list(dict.fromkeys(merges)), model_max_length=TOKENS)
 
 
 def tokens(tokenizer, prompts):
@@ -89,9 +89,10 @@ def tokens(tokenizer, prompts):
 
 
 def text_config(tokenizer, width=64):
-    # eos_token_id must be the real one: CLIPTextModel pools at its first occurrence (the value 2 means an older rule).
-    return dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
+    # eos_token_id must be the real one: CLIPTextModel pools at its first occurrence (2 means an older rule).
+    return dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+                num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu",
+                max_position_embeddings=tokenizer.model_max_length,
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
 
@@ -123,7 +124,8 @@ def build_clip(folder, name, seed, steps, augmented=False, pictures=None):
     words = tokenizer()
     vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                   image_size=SIZE, patch_size=4, hidden_act="gelu")
-    model = CLIPModel(CLIPConfig(text_config=text_config(words), vision_config=vision, projection_dim=64)).train()
+    config = CLIPConfig(text_config=text_config(words), vision_config=vision, projection_dim=64)
+    model = CLIPModel(config).train()
     ids, target = tokens(words, CAPTIONS), torch.arange(len(CAPTIONS))
     drawn = [sample(target, generator) for _ in range(pictures or 0)]
 
@@ -144,8 +146,9 @@ def build_vae(folder, sample=sample, kinds=len(CAPTIONS), size=SIZE, seed=2, ste
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vae = AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    vae = AutoencoderKL(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
+                        latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 3,
+                        up_block_types=("UpDecoderBlock2D",) * 3,
                         sample_size=size).train()
 
     def loss(step):
@@ -186,7 +189,7 @@ def make_scheduler():
 
 
 def build_unet(folder, vae_folder, stop=UNET_STOP):
-    """UNet and text encoder, trained together to predict the noise; the saved weights are a moving average."""
+    """UNet and text encoder, trained together to predict the noise; saved is a moving average."""
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(3)
     words, vae = tokenizer(), load_vae(vae_folder)
@@ -210,8 +213,8 @@ def build_unet(folder, vae_folder, stop=UNET_STOP):
         return F.mse_loss(unet(scheduler.add_noise(x, noise, t), t, embeds).sample, noise)
 
     train("unet", parameters, UNET_STEPS, 2.5e-3, loss, stop, average=0.01)
-    StableDiffusionPipeline(vae=vae, text_encoder=text.eval(), tokenizer=words, unet=unet.eval(), scheduler=scheduler,
-                            safety_checker=None, feature_extractor=None,
+    StableDiffusionPipeline(vae=vae, text_encoder=text.eval(), tokenizer=words, unet=unet.eval(),
+                            scheduler=scheduler, safety_checker=None, feature_extractor=None,
                             requires_safety_checker=False).save_pretrained(folder)
 
 

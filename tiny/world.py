@@ -2,8 +2,8 @@
 
 A picture is 32x32 RGB: a circle, square, triangle or cross in one of six colours on one of three plain
 grounds. That makes 72 captions, "a red circle on a white background" and so on. `sample` draws pictures as a
-data set would have them (jittered colours, a little noise); `oracle` says what a picture is truly worth for its
-caption, by comparing it with clean renderings. No network is involved, so no optimiser can fool it.
+data set would have them (jittered colours, a little noise); `oracle` says what a picture is truly worth for
+its caption, by comparing it with clean renderings. No network is involved, so no optimiser can fool it.
 """
 import functools
 import itertools
@@ -66,7 +66,7 @@ def sample(captions, generator):
 
 
 def parse(prompts):
-    """Indices into CAPTIONS, (B,) long, of prompts of this world. Raises ValueError naming the first that is none."""
+    """Indices into CAPTIONS, (B,) long, of prompts of this world. Raises ValueError naming one of no caption."""
     for prompt in prompts:
         if prompt not in CAPTIONS:
             raise ValueError(f"the oracle of the small world can't judge the prompt {prompt!r}; "
@@ -77,18 +77,20 @@ def parse(prompts):
 @functools.cache
 def templates():
     """Clean coverage masks of every shape at 11x11 places and 5 sizes: (4, 605, 1024)."""
-    grid = torch.tensor(list(itertools.product(range(11, 22), range(11, 22), range(6, 11))), dtype=torch.float32)
+    places = itertools.product(range(11, 22), range(11, 22), range(6, 11))
+    grid = torch.tensor(list(places), dtype=torch.float32)
     return torch.stack([masks(shape, grid[:, :2], grid[:, 2]).flatten(1) for shape in SHAPES])
 
 
 def distances(images):
     """Root mean square error of each picture to the nearest clean rendering of every caption.
 
-    images: (B, 3, 32, 32) in [0, 1]. Returns (B, 72), in units of pixel values. Raises ValueError for another size.
+    images: (B, 3, 32, 32) in [0, 1]. Returns (B, 72), in units of pixel values. Another size: ValueError.
     """
     if images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"the oracle judges pictures of 3x{SIZE}x{SIZE}, not {'x'.join(map(str, images.shape[1:]))}")
-    # A rendering is ground + (color - ground) * mask, so |image - rendering|^2 needs only three inner products:
+        given = "x".join(map(str, images.shape[1:]))
+        raise ValueError(f"the oracle judges pictures of 3x{SIZE}x{SIZE}, not {given}")
+    # A rendering is ground + (color - ground) * mask, so |image - rendering|^2 needs three inner products:
     # <image, mask>, <image, 1> and <mask, mask>, whatever the colours.
     pixels, mask = images.detach().float().cpu().flatten(2), templates()   # (B, 3, P), (4, 605, P)
     color, ground = PALETTE.unbind(1)                                      # each (18, 3)
@@ -106,9 +108,9 @@ def oracle(images, prompts):
     """What pictures are truly worth for their prompts. Not differentiable: it judges, it can't be trained on.
 
     images: (B, 3, 32, 32) in [0, 1]; prompts: B captions of this world.
-    Returns {"accuracy": (B,), "rmse": (B,)}: 1 where no other caption is nearer than the prompted one, else 0, and the
-    distance to the nearest clean rendering of the prompted caption (lower is better; `sample`'s have about 0.045).
-    Raises ValueError for a prompt or a size that is not of this world.
+    Returns {"accuracy": (B,), "rmse": (B,)}: 1 where no other caption is nearer than the prompted one, else
+    0, and the distance to the nearest clean rendering of the prompted caption (lower is better; `sample`'s
+    have about 0.045). Raises ValueError for a prompt or a size that is not of this world.
     """
     captions, error = parse(prompts), distances(images)
     return {"accuracy": (error.argmin(1) == captions).float(),

@@ -66,7 +66,7 @@ def sample(captions, generator):
 
 
 def parse(prompts):
-    """Indices into CAPTIONS, (B,) long, of prompts of this world. Raises ValueError naming one of no caption."""
+    """Indices into CAPTIONS, (B,) long, of prompts of this world. Raises ValueError for another."""
     for prompt in prompts:
         if prompt not in CAPTIONS:
             raise ValueError(f"the oracle of the small world can't judge the prompt {prompt!r}; "

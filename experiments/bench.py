@@ -82,7 +82,7 @@ def ours(options, row):
     with tempfile.TemporaryDirectory() as out:
         _, peak = child(*program, *flags(options), *row, "--out", out)
         log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    evaluations = [log[-1][f"network_evaluations_{kind}_gradient"] for kind in ("without", "with")]
+    evaluations = [log[-1].get(f"network_evaluations_{kind}_gradient", 0) for kind in ("without", "with")]
     return [record["seconds"] for record in log], log[-1].get("peak_gb", peak), evaluations
 
 

@@ -1233,9 +1233,10 @@ def change_since_best(history):
     best evaluation before the last, an index; the last one's mean change to it; the standard error of that
     over the pictures, each compared with itself; the change below which to raise an alarm.
 
-    A score that doesn't change goes up and down all the same, and the best was chosen for being high. So the
-    k - 1 comparisons that the one at evaluation k may be share a chance of 0.05 / (k (k - 1)) of ringing
-    wrongly; these add up to 5 percent, however long the run.
+    A score that doesn't change goes up and down all the same, and the best was chosen for being high. So at
+    evaluation k each of the k - 1 comparisons that it might be rings wrongly with a chance of
+    0.05 / (k (k - 1)^2): all together, over all k, with 0.05 at most, if the changes are about normal and the
+    pictures not few (with 8 it may be twice that).
     """
     k, N = history.shape
     best = history[:-1].mean(1).argmax().item()
@@ -1471,16 +1472,16 @@ class Run:
         """For the log: the first held-out score since its best evaluation, and the alarm that it raises."""
         scores = self.evaluation.scores
         history = [line["pictures"][scores.judge] for line in self.evaluations] + [held_out.tolist()]
-        best, change, error, lowest = change_since_best(torch.tensor(history, dtype=torch.float64))
-        then, alarm = self.evaluations[best], None
+        index, change, error, alarm_below = change_since_best(torch.tensor(history, dtype=torch.float64))
+        then, alarm = self.evaluations[index], None
         gain = sum(weight * (means[name] - then[name]) for name, weight in scores.weights.items())
-        if change < lowest:
+        if change < alarm_below:
             alarm = "hacking" if gain > 0 else "breaking"
             rest = "the reward rose" if gain > 0 else "the reward didn't rise; lower the learning rate"
             say(f"ALARM, {alarm}: since step {then['step']} {scores.judge} fell by {-change:.3f} +- "
                 f"{error:.3f}, and {rest}")
         return {"alarm": alarm, "since_best": {"step": then["step"], "reward": gain, "held_out": change,
-                                               "error": error, "alarm_below": lowest}}
+                                               "error": error, "alarm_below": alarm_below}}
 
     def report(self):
         """What a user reads at the end."""
@@ -1501,7 +1502,8 @@ class Run:
             say(f"best {best['judge']}: {best['score']:.3f} after update {best['step']}, in {self.out}/best")
             say(f"ALARM: {alarms}" if alarms else "no alarm")
         else:
-            say("nothing held out was measured, so reward hacking could not be seen; see --eval-reward")
+            say("nothing held out was measured, so reward hacking could not be seen; see --eval-reward and "
+                "--eval-every")
         say(f"adapter, log.jsonl, config.json and samples/ are in {self.out}; to judge and to plot:\n"
             f"    python tools/evaluate.py {self.out}{f' {self.out}/best' if best else ''}\n"
             f"    python tools/plot.py {self.out}")

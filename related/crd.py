@@ -121,10 +121,10 @@ def train(settings):
     groups, steps, prediction_type = settings.batch_size // n, model.steps, noise_levels(model)[1]
     with explained("--eval-sampling-steps won't do"):
         model.steps = model.step_table(settings.eval_sampling_steps)
-    # The network's own adapter is the average, as in gdro.py; where B is 0 it is the frozen model.
+    # The network's own adapter is the average, as in gdro.py; where LoRA's B is 0 it is the frozen model.
     average = model.add_adapter(settings.rank, named_generator(settings.seed, "lora"))
-    reference, old, sampling, params = ([p.detach().clone() for p in average] for _ in range(4))
-    params = [nn.Parameter(p) for p in params]
+    reference, old, sampling = ([p.detach().clone() for p in average] for _ in range(3))
+    params = [nn.Parameter(p.detach().clone()) for p in average]
     latents = torch.zeros(groups, n, *model.latent_shape, device=model.device)    # of the epoch's pictures
     rewards = torch.zeros(len(scores.weights), groups, n, device=model.device)
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -136,11 +136,11 @@ def train(settings):
         batches = rsaft.micro_batches(prompts, (settings.seed, "epoch", epoch), settings.micro_batch_size)
         with holding(average, old if settings.sampler == "old" else sampling):
             ends = rsaft.sample_starts(sampler, plan, batches, settings.sampling_batch_size)
-        latents.copy_(torch.cat(ends).view_as(latents))        # no step has a gradient: the last ones
+        latents.copy_(torch.cat(ends).view_as(latents))        # finished, as no step is kept for a gradient
         scored = [each_reward(scores, model.decode(end), batch.prompts) for end, batch in zip(ends, batches)]
         rewards.copy_(torch.cat(scored, 1).view_as(rewards))
 
-    parts = groups * settings.noise_levels          # of the loss of an update, a group at a level each
+    parts = groups * settings.noise_levels          # of an update's loss: one group at one level each
     free = 1 + (model.branches_at(settings.anchor_scale) if settings.kl > 0 else 0)
     print(f"{sum(p.numel() for p in params):,} trained parameters; an update takes {parts * n * free} "
           f"evaluations of the network without gradient, {parts * n} with, and an epoch its drawing")
@@ -181,7 +181,7 @@ def train(settings):
                     (sum(loss.values()) / parts).backward()
                 for name, value in loss.items():
                     log[name] += value.item() / parts
-            for p, own in zip(params, average):
+            for p, own in zip(params, average):    # `holding` lends values, so the gradient lies with `own`
                 p.grad, own.grad = own.grad, None
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()

@@ -47,10 +47,10 @@ ROWS = {"diffusers": ["diffusers"], "plain": [], "noise": ["--noise"], "sam, ful
         "TRL": ["trl"], "TRL, no checkpointing": ["trl", "off"]}
 MODELS = {"tiny": None, "sd15": "stable-diffusion", "sdxl": "sdxl", "sd3": "sd3.5-medium",
           "flux": "flux.1-dev"}
-GROWTH = {"batch": [["--batch-size", str(n)] for n in (8, 32, 128, 256)],
-          "steps": [["--sampling-steps", str(n)] for n in (10, 20, 50)],
-          "with gradient": [["--sampling-steps", "10", "--grad-steps", str(n)] for n in (1, 2, 5, 10)],
-          "processes": [[], ["2 processes"]]}
+GROWTH = [{f"{case} {n}": [*case.split(), str(n)] for n in numbers} for case, numbers in (
+    ("--batch-size", (8, 32, 128, 256)), ("--sampling-steps", (10, 20, 50)),
+    ("--sampling-steps 10 --grad-steps", (1, 2, 5, 10)))]
+GROWTH.append({"1 process": [], "2 processes": ["2 processes"]})
 
 
 def flags(options):
@@ -197,18 +197,18 @@ def print_prices(options):
 
 def print_growth(options):
     """Each case's time over that of the first of its kind, and what the count of evaluations says."""
-    cases = {" ".join(row) or "1 process": row for rows in GROWTH.values() for row in rows}
-    found = measure(options, cases)
+    found = measure(options, {name: row for rows in GROWTH for name, row in rows.items()})
     print("| | updates a minute | time, the first of its kind = 1 | by network evaluations |\n"
           + "| --- " * 4 + "|")
-    for rows in GROWTH.values():
-        names = [" ".join(row) or "1 process" for row in rows]
-        # With a gradient an evaluation counts three times: the backward pass costs two forward ones.
-        work = [found[name][2][0] + 3 * found[name][2][1] for name in names]
-        for name, counted in zip(names, work):
-            seconds = statistics.median(found[name][0])
-            print(f"| {name} | {60 / seconds:.1f} | {seconds / statistics.median(found[names[0]][0]):.2f} | "
-                  f"{counted / work[0] / (2 if '2 processes' in name else 1):.2f} |")
+    for rows in GROWTH:
+        first = None
+        for name in rows:
+            times, _, (without, with_gradient) = found[name]
+            seconds = statistics.median(times)
+            # With a gradient an evaluation counts three times: the backward pass costs two forward ones.
+            work = (without + 3 * with_gradient) / (2 if name == "2 processes" else 1)
+            first = first or (seconds, work)
+            print(f"| {name} | {60 / seconds:.1f} | {seconds / first[0]:.2f} | {work / first[1]:.2f} |")
 
 
 def main():

@@ -552,12 +552,12 @@ def gained(runs, part):
     return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values()], lines)
 
 
-def differences(runs, part):
-    """Each configuration minus plain, pair by pair, at equal proxy, network evaluations and updates."""
+def differences(runs, part, configurations=None, reference="plain"):
+    """Each configuration minus the reference, pair by pair, at equal proxy, network evaluations, updates."""
     lines = []
-    for method, configuration in product(part.methods, (*part.configurations, "scaled")):
-        tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, "plain"))
-        pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != "plain"]
+    for method, configuration in product(part.methods, configurations or (*part.configurations, "scaled")):
+        tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, reference))
+        pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != reference]
         for axis, gain in *(("proxy", gain) for gain in part.gains), ("network_evaluations", 0), ("step", 0):
             # A scaled adapter has no updates of its own; and where updates cost the same two lines are one.
             if not pairs or axis != "proxy" and configuration == "scaled":
@@ -569,17 +569,6 @@ def differences(runs, part):
             lines.append([method, configuration, AXES[axis].format(gain), f"{len(ends)} of {len(pairs)}",
                           "" if axis == "proxy" else proxy, *others])
     return table(["method", "configuration", "at equal", "pairs", "proxy", *MEASURES.values()], lines)
-
-
-def guard(runs, part):
-    """CRD with guard 1 minus CRD without it, pair by pair, at equal proxy and at equal updates."""
-    lines, (own, old) = [], (of_seeds(runs, part, name) for name in ("crd", "crd old"))
-    for axis, gain in *(("proxy", gain) for gain in part.gains), ("step", 0):
-        pairs = [at_equal(axis, gain, own[seed], old[seed]) for seed in own if seed in old]
-        proxy, *others = subtracted([pair for pair in pairs if pair])
-        lines.append([AXES[axis].format(gain), f"{sum(map(bool, pairs))} of {len(pairs)}",
-                      "" if axis == "proxy" else proxy, *others])
-    return table(["at equal", "pairs", "proxy", *MEASURES.values()], lines)
 
 
 def steadiness(runs, part):
@@ -712,7 +701,7 @@ def report(runs, parts, pilots):
                      differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
         if name == "crd":
-            text += ["\nGuard 1, acting minus switched off:\n", guard(runs, part)]
+            text += ["\nGuard 1, acting minus switched off:\n", differences(runs, part, ["crd"], "crd old")]
         if name == "again":
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]

@@ -1,7 +1,7 @@
 """Words before and after tuning: what one published reader rewards, and what another one then reads.
 
     pip install -r experiments/requirements.txt -r rewards/requirements.txt
-    python experiments/words.py        # four runs of rsaft.py, seed 0, about 25 minutes of CPU time
+    python experiments/words.py        # three runs of rsaft.py, seed 0, about 25 minutes of CPU time
 
 Each run is kept in runs/words/, goes on where it was stopped, and isn't made again. words.png has the first
 pictures of each run's last evaluation, the same prompts and noise in all of them, and under each what the
@@ -24,7 +24,7 @@ WORLD, FLOOR = HERE.parent / "tiny/words", f"{HERE.parent}/rewards/ocr_likelihoo
 COMMON = ["--tiny", "--model", str(WORLD), "--prompts", str(WORLD / "prompts.txt"), "--batch-size", "16",
           "--train-steps", "40", "--eval-every", "10", "--eval-images", "60", "--eval-reward", "ocr_v4",
           f"{WORLD / 'world.py'}:oracle_accuracy", f"{WORLD / 'world.py'}:oracle_correlation"]
-# 0.03: where the reward falls by 5 to 10 percent. K = 10 and the floor: from pilots on other seeds.
+# 0.03: where the reward falls by 5 to 10 percent. K = 10 and the floor: from earlier trials.
 RUNS = {"plain": ["--reward", "ocr_likelihood"],
         "RSA-FT": ["--reward", "ocr_likelihood", "--noise", "0.03", "--sam"],
         "floor": ["--reward", FLOOR, "--grad-steps", "10"]}

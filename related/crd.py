@@ -34,8 +34,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rsaft.py lies one folder up
 import rsaft
-from gdro import (COMBINATIONS, COMBINE, check_alone, forward_process, holding, noise_levels, own_scale,
-                  squared_error, update_average, weighted_sum)
+from gdro import (COMBINATIONS, COMBINE, advantage, check_alone, forward_process, holding, noise_levels,
+                  own_scale, squared_error, step_copies, update_average, weighted_sum)
 from scored import each_reward
 from rsaft import AMOUNT, AMOUNT_OR_0, COUNT, UserError, explained, named_generator
 
@@ -48,10 +48,8 @@ def scaled_advantage(reward, a_max=5.0, std="epoch"):
     a = (reward - the prompt's mean) / standard deviation, of all rewards or (std "prompt") of the prompt's,
     clipped to +- a_max; R = (a / a_max) / 2 + 1/2. Where a prompt's n rewards are equal a is 0.
     """
-    spread = reward.amax(-1, keepdim=True) > reward.amin(-1, keepdim=True)    # a std of equal ones is rounded
-    deviation = reward.std(None if std == "epoch" else -1, keepdim=True, correction=0)
-    a = (reward - reward.mean(-1, keepdim=True)) / deviation
-    return a.where(spread, 0).clamp(-a_max, a_max) / a_max / 2 + 0.5
+    a = advantage(reward, whole=std == "epoch")
+    return a.clamp(-a_max, a_max) / a_max / 2 + 0.5
 
 
 def implicit_reward(f, f_old, y, adaptive=True):
@@ -181,15 +179,12 @@ def train(settings):
                     (sum(loss.values()) / parts).backward()
                 for name, value in loss.items():
                     log[name] += value.item() / parts
-            for p, own in zip(params, average):    # `holding` lends values, so the gradient lies with `own`
-                p.grad, own.grad = own.grad, None
-            grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
-            optimizer.step()
-            update_average(average, params, min(settings.ema_decay, (1 + step) / (10 + step)))
+            ema_decay = min(settings.ema_decay, (1 + step) / (10 + step))
+            grad_norm = step_copies(optimizer, params, average, ema_decay, settings.max_grad_norm)
             if update == settings.epoch_updates - 1:
                 update_average(old, params, decay(step + 1, *settings.old_decay))
                 update_average(sampling, params, decay(step + 1, *settings.sampling_decay))
-            run.record(**log, grad_norm=grad_norm.item())
+            run.record(**log, grad_norm=grad_norm)
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------

@@ -117,17 +117,23 @@ def weighted_sum(rewards, weights):
     return sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
 
 
+def advantage(reward, whole=False):
+    """(reward - mean) / standard deviation over a prompt's n pictures, (..., n); 0 where all n are equal.
+
+    whole: the deviation, not the mean, is that of all the rewards given.
+    """
+    # Told by the rewards: rounding gives equal ones a standard deviation that isn't quite 0.
+    spread = reward.amax(-1, keepdim=True) > reward.amin(-1, keepdim=True)
+    deviation = reward.std(None if whole else -1, keepdim=True, correction=0)
+    return ((reward - reward.mean(-1, keepdim=True)) / deviation).where(spread, 0)
+
+
 def combined_advantages(rewards, weights):
     """R rewards as one, of which none rules by its larger spread: the weighted sum of their advantages.
 
-    rewards: (R, ..., n), n pictures of each prompt; weights: R numbers. An advantage is a reward minus its
-    mean over the n, over its standard deviation; 0 where all n are equal. Returns (..., n).
+    rewards: (R, ..., n), n pictures of each prompt; weights: R numbers. Returns (..., n).
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    # Told by the rewards: rounding gives equal ones a standard deviation that isn't quite 0.
-    spread = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    advantages = (centred / rewards.std(-1, keepdim=True, correction=0)).where(spread, 0)
-    return weighted_sum(advantages, weights)
+    return weighted_sum(advantage(rewards), weights)
 
 
 COMBINATIONS = {"sum": weighted_sum, "advantages": combined_advantages}    # CRD has them too
@@ -167,6 +173,20 @@ def holding(params, values):
         with torch.no_grad():
             for p, original in zip(params, originals):
                 p.copy_(original)
+
+
+def step_copies(optimizer, params, average, decay, max_grad_norm):
+    """A step of `params`, copies that a backward inside `holding(average, params)` gave a gradient.
+
+    `holding` lends values, so the gradient lies with `average`, which then moves towards them, with `decay`.
+    Returns the gradient's norm before clipping.
+    """
+    for p, own in zip(params, average, strict=True):
+        p.grad, own.grad = own.grad, None
+    grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    optimizer.step()
+    update_average(average, params, decay)
+    return grad_norm.item()
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -230,8 +250,6 @@ def train(settings):
         for step in run.steps():
             log, chosen_prompts = defaultdict(float), rsaft.training_prompts(
                 list(groups), settings.seed, step, settings.batch_size // k)
-            for p in average:
-                p.grad = None
             for number, prompt in enumerate(chosen_prompts):
                 rng = named_generator(settings.seed, step, number, "group")
                 chosen = draw_group(groups[prompt][1], k, rng)
@@ -252,13 +270,9 @@ def train(settings):
                 for name, value in {"reward": r.mean(), "ranking": ranking, "best_error": error[r.argmax()],
                                     "best_error_ref": error_ref[r.argmax()]}.items():
                     log[name] += value.item() / len(chosen_prompts)
-            for p, own in zip(params, average):
-                p.grad, own.grad = own.grad, None
-            grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
-            optimizer.step()
-            # The average of so few updates has no long memory.
-            update_average(average, params, min(settings.ema_decay, (step + 1) / (10 + step)))
-            run.record(**log, grad_norm=grad_norm.item())
+            decay = min(settings.ema_decay, (step + 1) / (10 + step))    # of few updates, no long memory
+            grad_norm = step_copies(optimizer, params, average, decay, settings.max_grad_norm)
+            run.record(**log, grad_norm=grad_norm)
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------

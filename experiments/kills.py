@@ -95,12 +95,18 @@ def every_operation(loaded, folder, begun=None):
         count += 1
 
 
+def finish(command):
+    """Run a command that should succeed; if it doesn't, what it said is in the AssertionError."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, f"exit code {result.returncode}:\n{result.stdout}"
+
+
 def two_processes(folder):
     """One of two processes is killed after the first update; the same command goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(rsaft.HERE / "rsaft.py"), *FLAGS, "--micro-batch-size", "1", "--train-steps", "6", "--out"]
+    finish([*command, folder / "two"])
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert subprocess.run([*command, folder / "two"], **quiet).returncode == 0
     process = subprocess.Popen([*command, folder / "parted"], **quiet)
     while process.poll() is None and not ((folder / "parted" / "log.jsonl").is_file() and
                                           "grad_norm" in (folder / "parted" / "log.jsonl").read_text()):
@@ -108,7 +114,7 @@ def two_processes(folder):
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert process.wait() != 0
-    assert subprocess.run([*command, folder / "parted"], **quiet).returncode == 0
+    finish([*command, folder / "parted"])
     assert story(folder / "parted") == story(folder / "two")
 
 

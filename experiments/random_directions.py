@@ -19,7 +19,20 @@ import rsaft  # noqa: E402, found through the line above
 DRAWS = 4
 
 
-def moved_images(model, plan, rho, batch, start):
+def plain_gradient(settings, model, scores, prompts, params, step, make_images=None):
+    """An update's gradient as rsaft.train has it without --sam, in `params`. Returns what is logged.
+
+    make_images(plan, batch, start) draws the last steps; without it rsaft.sample_images does.
+    """
+    plan = rsaft.make_plan(settings, step)
+    chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
+    batches = rsaft.my_share(rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size))
+    make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
+    make_images = partial(make_images or partial(rsaft.sample_images, model), plan)
+    return rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params)
+
+
+def moved_images(model, rho, plan, batch, start):
     """What rsaft.sample_images makes of a Batch, moved in DRAWS ways by the distance rho.
 
     Returns (images, prompts), with images (DRAWS B, 3, H, W), with a graph: rsaft_gradient takes the mean
@@ -40,15 +53,10 @@ def train(settings):
     params = model.add_adapter(settings.rank, rsaft.named_generator(settings.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay,
                                   maximize=True)
+    make_images = partial(moved_images, model, settings.noise)
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
-            plan = rsaft.make_plan(settings, step)
-            chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
-            batches = rsaft.my_share(rsaft.micro_batches(chosen, (settings.seed, step),
-                                                         settings.micro_batch_size))
-            make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
-            make_images = partial(moved_images, model, plan, settings.noise)
-            log = rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params)
+            log = plain_gradient(settings, model, scores, prompts, params, step, make_images)
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()
             run.record(**log, grad_norm=grad_norm.item())

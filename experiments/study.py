@@ -26,9 +26,10 @@ compares each picture with renderings of its caption: the share of right ones an
 with the same seed: the same noise, prompts in the same order, the same initial adapter. Equal proxy: each
 run's measures, interpolated linearly to where its proxy first reaches a level, the base model's plus one of
 the part's `gains`; pairs in which a run never does are left out and counted. Equal network evaluations, equal
-updates: as many as the shorter run of the pair has. Intervals are 95 percent: Student's t over the pairs, for
-shares Wilson's, for ratios of standard deviations the percentiles of a bootstrap over the seeds, for
-correlations Fisher's z.
+updates: as many as the shorter run of the pair has. Equal price: the same, where a network evaluation with a
+gradient counts GRADIENT_PRICE times (not kept of older runs). Intervals are 95 percent: Student's t over the
+pairs, for shares Wilson's, for ratios of standard deviations the percentiles of a bootstrap over the seeds,
+for correlations Fisher's z.
 """
 import argparse
 import contextlib
@@ -55,7 +56,8 @@ from scipy import stats
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("", "tiny", "related")]
-import crd  # noqa: E402, found through the line above, as gdro and rsaft are
+import averaged  # noqa: E402, found through the line above, as the next four are
+import crd  # noqa: E402
 import gdro  # noqa: E402
 import random_directions  # noqa: E402
 import rsaft  # noqa: E402
@@ -76,6 +78,10 @@ UPDATES, EVAL_EVERY, PICTURES = 60, 10, 144            # 144 pictures: two of ea
 FALL_BACK = 0.5          # a run has fallen back if its last judge score is further than this below its best
 HACKED = 0.05            # a run is hacked if its last oracle accuracy is further than this below its best
 SCALES = (0.25, 0.5, 0.75)                             # of the adapter, after training
+CAPS = (26, 27, 28)                                    # of the proxy, where one has a cap
+# The price of a network evaluation with a gradient, one without = 1. From the times of an update in
+# experiments/README.md, "How time grows": a straight line through those by K and one through those by T.
+GRADIENT_PRICE = 2.4
 
 SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images",
             str(PICTURES), "--train-steps", str(UPDATES), "--eval-reward",
@@ -91,13 +97,18 @@ CONFIGURATIONS = {
     "gaussian": f"--noise {RHO}", "window": f"--sam {RHO_W} --sam-rollout window",
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
     "twice as long": "", "gdro": "", "crd": "", "crd old": "--sampler old",      # guard 1 switched off
+    "noise window": f"--noise {RHO} --sam {RHO_W} --sam-rollout window", "alignprop": "", "averaged": "",
+    # The proxy up to a cap is trained on; the proxy itself is measured, as a held-out score.
+    **{f"capped {cap}": f"--reward {{here}}/study_rewards.py:capped_{cap} --eval-reward "
+       f"{' '.join(SETTINGS[-3:])} pickscore" for cap in CAPS},
 }
 # Times UPDATES, of configurations and worlds; gdro's and crd's are their own defaults.
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3}
 # Theirs are their defaults here too.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
+OWN_METHOD = {"alignprop": "alignprop"}       # the other methods are those of the part
 # All others are runs of rsaft.py.
-PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions}
+PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions, "averaged": averaged}
 WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -120,7 +131,8 @@ class Part:
         return [self.job(*choice) for choice in product(self.methods, self.seeds, self.configurations)]
 
     def job(self, method, seed, configuration):
-        return Job(self.world, method, OWN_RATE.get(configuration, self.rate), seed, configuration)
+        return Job(self.world, OWN_METHOD.get(configuration, method),
+                   OWN_RATE.get(configuration, self.rate), seed, configuration)
 
 
 PARTS = {  # nothing was chosen on these seeds
@@ -131,7 +143,8 @@ PARTS = {  # nothing was chosen on these seeds
     "rivals": Part("Is it better than what costs less, or than half the rate for as long as it takes?", 0.6,
                    (2.0,), range(206, 214), ("plain", "both", "two proxies", "twice as long")),
     "radius": Part("Which radius? Worst case or Gaussian, full or window?", 2.3, (2.0, 3.0), range(206, 214),
-                   tuple(name for name in CONFIGURATIONS if name not in ("two proxies", *LONGER))),
+                   (*FOUR, "noise 0.002", "noise 0.01", "noise 0.3", "sam 0.01", "sam 0.03", "sam 0.5",
+                    "both 0.01", "gaussian", "window")),
     "strong": Part("Where the base model draws all right, so that all gain is hacking?", 0.7, (0.25, 0.4),
                    range(400, 408), TWO, world="strong"),
     "brittle": Part("With a proxy that saw four pictures of each caption?", 0.6, (1.0, 1.5), range(400, 408),
@@ -152,19 +165,26 @@ PARTS["alarm"] = replace(PARTS["primary"], world="often", seeds=range(500, 516),
                          hours=1.0, question="What does the alarm catch, and what is it worth to stop there?")
 PARTS["alarm-fast"] = replace(PARTS["alarm"], rate=FAST, gains=PARTS["fast"].gains,
                               question="And at twice the rate, where runs break?")
+# Decided before it is run: the levels are the primary's, the cap is from pilots.
+PARTS["price"] = replace(PARTS["primary"], seeds=range(600, 616), hours=2.0,
+                         configurations=("plain", "noise", "noise window", "alignprop", f"capped {CAPS[1]}",
+                                         "averaged"), question="What should somebody use, at one price?")
 PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate,
                                 hours=0.2) for rate in (STABLE, FAST, SLOW)},
     "pilot-fast-200": replace(PARTS["fast"], seeds=range(200, 206), hours=0.8),
     **{f"pilot-{name}": replace(PARTS[name], seeds=range(100, 101), configurations=TWO, hours=0.2)
        for name in ("strong", "brittle", "breadth")},
+    "pilot-capped": replace(PARTS["primary"], seeds=range(100, 102), hours=0.3,
+                            configurations=("plain", *(f"capped {cap}" for cap in CAPS))),
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
-AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "step": "updates"}
+AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",
+        "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
             "diversity": "diversity", "kid": "KID"}
 COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations",
-           "proxy", *MEASURES, "seconds", "alarm")
+           "price", "proxy", *MEASURES, "seconds", "alarm")
 
 
 def split_flags(text, worlds):
@@ -300,11 +320,12 @@ def perform(job, settings, worlds, out):
     flags = job.flags(settings, worlds)
     parsed = job.program.parse(flags)
     base = base_embeddings((*settings, *split_flags(WORLDS[job.world], worlds)))
-    spent = {"seconds": 0.0, "network_evaluations": 0}
+    spent = {"seconds": 0.0, "network_evaluations": 0, "price": 0.0}
     if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
         flags += ["--data", f"{out}/groups"]
         spent["network_evaluations"] = len(rsaft.read_prompts(parsed.prompts)) * parsed.pictures * (
             2 * parsed.sampling_steps)
+        spent["price"] = float(spent["network_evaluations"])
     study_rewards.EMBEDDINGS.clear()
     with quiet() as errors:
         code = job.program.main([*flags, "--device", "cpu", "--out", f"{out}/run"])
@@ -313,9 +334,11 @@ def perform(job, settings, worlds, out):
     evaluations = []
     for record in map(json.loads, Path(out, "run", "log.jsonl").read_text().splitlines()):
         spent["seconds"] += record.get("seconds", 0)
-        spent["network_evaluations"] += sum(record.get(f"network_evaluations_{kind}_gradient", 0)
-                                            for kind in ("with", "without"))
-        if "eval" in record:
+        if "eval" not in record:
+            free, dear = (record[f"network_evaluations_{kind}_gradient"] for kind in ("without", "with"))
+            spent["network_evaluations"] += free + dear
+            spent["price"] += free + GRADIENT_PRICE * dear
+        else:
             evaluations.append({**record, **spent})
     rows = {job.configuration: measured(parsed, evaluations, base)}
     if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):
@@ -345,7 +368,8 @@ def read_rows(path):
             for row in csv.DictReader(file):
                 job = Job(row["world"], row["method"], row["learning_rate"], int(row["seed"]),
                           row["configuration"])
-                numbers = {name: float(row[name] or "nan") for name in ("proxy", *MEASURES, "seconds")}
+                numbers = {name: float(row[name] or "nan")
+                           for name in ("price", "proxy", *MEASURES, "seconds")}
                 numbers |= {name: int(row[name]) for name in ("step", "network_evaluations")}
                 runs.setdefault(job, []).append({**numbers, "alarm": row["alarm"] or None})
     return runs
@@ -504,7 +528,7 @@ def outcome(rows, measure, gain=None):
 
 
 def at_equal(axis, gain, *pair):
-    """Two runs' measures, {name: value}, at equal proxy, network evaluations or updates; None if one lacks.
+    """Two runs' measures, {name: value}, at equal proxy, cost or updates; None if one lacks.
 
     Equal proxy is the base model's plus `gain`; of the others, as many as the shorter of the two runs has.
     """
@@ -553,16 +577,18 @@ def gained(runs, part):
 
 
 def differences(runs, part, configurations=None, reference="plain"):
-    """Each configuration minus the reference, pair by pair, at equal proxy, network evaluations, updates."""
+    """Each configuration minus the reference, pair by pair, at equal proxy, cost, updates."""
     lines = []
     for method, configuration in product(part.methods, configurations or (*part.configurations, "scaled")):
         tuned, plain = (of_seeds(runs, part, name, method) for name in (configuration, reference))
         pairs = [(tuned[seed], plain[seed]) for seed in tuned if seed in plain and configuration != reference]
-        for axis, gain in *(("proxy", gain) for gain in part.gains), ("network_evaluations", 0), ("step", 0):
+        for axis, gain in *(("proxy", gain) for gain in part.gains), *product(list(AXES)[1:], (0,)):
             # A scaled adapter has no updates of its own; and where updates cost the same two lines are one.
             if not pairs or axis != "proxy" and configuration == "scaled":
                 continue
-            if axis == "network_evaluations" and all(a[1][axis] == b[1][axis] for a, b in pairs):
+            if axis in ("network_evaluations", "price") and all(a[1][axis] == b[1][axis] for a, b in pairs):
+                continue
+            if any(math.isnan(rows[-1][axis]) for pair in pairs for rows in pair):    # not kept at that time
                 continue
             ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
             proxy, *others = subtracted(ends)

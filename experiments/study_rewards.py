@@ -1,8 +1,9 @@
-"""Two rewards of study.py, by FILE.py:FUNCTION: the judge of the small world, watched, and a second proxy.
+"""Rewards of study.py, by FILE.py:FUNCTION: the judge of the small world, watched, a second proxy, caps.
 
-By hand, once study.py has built that proxy (the judge that --tiny brings along scores the same):
+By hand, the second one once study.py has built it (the judge that --tiny brings along scores the same):
 
     python rsaft.py --tiny --reward pickscore=0.5 experiments/study_rewards.py:second=0.5
+    python rsaft.py --tiny --reward experiments/study_rewards.py:capped_27
 """
 import functools
 from pathlib import Path
@@ -30,6 +31,19 @@ def load_second(folder):
 def judge(images, prompts):
     """The score of the judge in tiny/, (B,); the image embeddings that it computes go to EMBEDDINGS."""
     return load_judge()(images, prompts)
+
+
+@functools.cache
+def load_first():
+    return rsaft.make_reward("pickscore", rsaft.TINY["models"])
+
+
+def capped(cap, images, prompts):
+    """The score of the proxy, (B,), but at most `cap`: from there on without a gradient."""
+    return load_first()(images, prompts).clamp(max=cap)
+
+
+capped_26, capped_27, capped_28 = (functools.partial(capped, cap) for cap in (26, 27, 28))
 
 
 def second(images, prompts):

@@ -124,10 +124,37 @@ def test_diversity_compares_pictures_of_one_prompt_alone():
 def test_random_directions_move_each_picture_by_the_radius():
     start, batch = torch.rand(2, 3, 4, 4), study.rsaft.micro_batches(["a", "b"], ("a test",), 2)[0]
     model = SimpleNamespace(denoiser=lambda prompts: None, steps=[], decode=lambda latents: latents)
-    images, prompts = study.random_directions.moved_images(model, study.rsaft.Plan(()), 0.1, batch, start)
+    images, prompts = study.random_directions.moved_images(model, 0.1, study.rsaft.Plan(()), batch, start)
     moves = (images - start.repeat(4, 1, 1, 1)).flatten(1)
     assert prompts == ["a", "b"] * 4 and torch.allclose(moves.norm(dim=1), torch.tensor(0.1))
     assert torch.linalg.matrix_rank(moves, tol=1e-2) == 8     # no two of them the same way
+
+
+def test_what_is_averaged_is_the_adapter_of_plain_training(tmp_path):
+    flags = ["--tiny", "--sampling-steps", "2", "--batch-size", "2", "--eval-every", "0", "--eval-reward"]
+    saved = []
+    for program, steps in (study.rsaft, 1), (study.rsaft, 2), (study.averaged, 1), (study.averaged, 2):
+        out = tmp_path / f"{program.__name__} {steps}"
+        assert program.main([*flags, "--train-steps", str(steps), "--out", str(out)]) == 0
+        saved.append(study.load_file(out / study.rsaft.ADAPTER))
+    plain, again, once, twice = ([tensors[name] for name in sorted(saved[0]) if "lora_B" in name]
+                                 for tensors in saved)
+    for B, then, average, last in zip(plain, again, once, twice):     # B is 0 at first
+        assert torch.allclose(average, 0.9 * B) and B.norm() > 0
+        assert torch.allclose(last, 2 / 11 * average + 9 / 11 * then, atol=1e-6)
+
+
+def test_a_cap_takes_the_gradient_of_pictures_above_it_and_leaves_the_others():
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    prompts = ["a red circle"] * 3
+    score = study.study_rewards.load_first()(images, prompts)
+    cap = score.detach().sort().values[1:].mean().item()            # between the second and the best
+    for values in score, study.study_rewards.capped(cap, images, prompts):
+        gradient, = torch.autograd.grad(values.sum(), images)
+        below = score < cap
+        assert torch.equal(values[below], score[below]) and gradient[below].abs().amax((1, 2, 3)).min() > 0
+    assert below.sum() == 2 and torch.equal(values[~below], torch.tensor([cap]))
+    assert gradient[~below].count_nonzero() == 0
 
 
 def test_an_adapter_moves_the_weights_as_much_less_than_trained_weights_as_its_width_says():
@@ -148,7 +175,7 @@ def test_an_adapter_moves_the_weights_as_much_less_than_trained_weights_as_its_w
 
 def test_a_table_of_rows_survives_its_file(tmp_path):
     job = study.Job("tiny", "draft", "4e-3", 200, "noise 0.01")
-    row = {**dict.fromkeys(("proxy", *study.MEASURES, "seconds"), 0.5), "network_evaluations": 640}
+    row = {**dict.fromkeys(("price", "proxy", *study.MEASURES, "seconds"), 0.5), "network_evaluations": 640}
     study.write_rows(tmp_path / "study.csv", {job: [{**row, "step": 0, "alarm": None},
                                                     {**row, "step": 10, "alarm": "hacking"}]})
     runs = study.read_rows(tmp_path / "study.csv")
@@ -159,14 +186,15 @@ def test_a_table_of_rows_survives_its_file(tmp_path):
 
 
 def test_parts_are_paired_and_none_is_reported_from_a_pilot_seed():
-    pilot, reported = {seed for part in study.PILOTS.values() for seed in part.seeds}, set()
+    pilot, named = {seed for part in study.PILOTS.values() for seed in part.seeds}, set()
     for part in study.PARTS.values():
         assert "plain" in part.configurations and len(set(part.jobs())) == len(part.jobs())
         assert not pilot & set(part.seeds)
-        reported |= {(job.world, job.method, job.configuration) for job in part.jobs()}
     assert len(study.PARTS["primary"].seeds) >= 16
+    for part in (study.PARTS | study.PILOTS).values():
+        named |= {(job.world, job.method, job.configuration) for job in part.jobs()}
     for kind, what in enumerate((study.WORLDS, study.rsaft.METHODS, study.CONFIGURATIONS)):
-        assert {names[kind] for names in reported} == set(what)          # nothing is named and never run
+        assert {names[kind] for names in named} == set(what)             # nothing is named and never run
 
 
 def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
@@ -174,13 +202,14 @@ def test_the_flags_of_every_run_are_a_command_line_of_its_program(tmp_path):
         for job in part.jobs():
             settings = job.program.parse(job.flags(study.SETTINGS, tmp_path))
             words, others = job.configuration.split(), {"gaussian": "random_directions"}
-            others |= {"gdro": "gdro", "crd": "crd"}
+            others |= {"gdro": "gdro", "crd": "crd", "averaged": "averaged"}
             assert job.program.__name__ == others.get(words[0], "rsaft")
             assert (settings.seed, settings.learning_rate) == (job.seed, float(job.learning_rate))
             usual = 80 if job.world == "often" else 60
             assert settings.train_steps == {"twice": 120, "gdro": 100, "crd": 150}.get(words[0], usual)
             assert [study.rsaft.short_name(name) for name in settings.eval_reward] == [
-                "judge", "oracle_accuracy", "oracle_rmse"]
+                "judge", "oracle_accuracy", "oracle_rmse", *["pickscore"] * (words[0] == "capped")]
+            assert settings.reward == ["pickscore"] or words[0] in ("two", "capped")
             if words[0] not in ("gdro", "crd"):
                 assert settings.method == job.method
                 assert bool(settings.noise) == any(word in words for word in ("noise", "both", "gaussian"))
@@ -197,7 +226,8 @@ def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
 
     def rows(seed, ahead, cost):
         return [{"proxy": 20 + part.gains[0] * step / 20, "step": step, "network_evaluations": step * cost,
-                 **dict.fromkeys(study.MEASURES, 10.0 * seed + ahead * step)} for step in (0, 10, 20, 30)]
+                 "price": 4.0 * step * cost, **dict.fromkeys(study.MEASURES, 10.0 * seed + ahead * step)}
+                for step in (0, 10, 20, 30)]
 
     runs = {part.job("draft", seed, name): rows(seed, ahead, cost) for seed in part.seeds[:4]
             for name, ahead, cost in (("plain", 0.1, 1), ("both", 0.2 + seed / 1e9, 2))}
@@ -209,7 +239,11 @@ def test_differences_are_taken_pair_by_pair_at_equal_proxy_cost_and_updates():
     assert f"| both | proxy +{part.gains[0]} | 3 of 4 |  | +2.0000 [+2.0000, +2.0000] |" in text
     assert f"| both | network evaluations | 4 of 4 | {-part.gains[0] * 12.5 / 20:+.4f} [" in text
     assert "| both | updates | 4 of 4 | +0.0000 [+0.0000, +0.0000] | +2.2500 [" in text
-    assert "] | +0.0000 [" in next(line for line in text.splitlines() if "network" in line and "both" in line)
+    network, price = (next(line for line in text.splitlines() if f"| both | {axis} |" in line)
+                      for axis in ("network evaluations", "price"))
+    assert "] | +0.0000 [" in network and price == network.replace("network evaluations", "price")
+    runs[part.job("draft", part.seeds[0], "both")][-1]["price"] = math.nan       # of an older run
+    assert "| price |" not in study.differences(runs, part)
 
 
 def test_what_is_reported_is_what_the_rows_say():

@@ -110,7 +110,8 @@ OWN_METHOD = {"alignprop": "alignprop"}       # the other methods are those of t
 # All others are runs of rsaft.py.
 PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions, "averaged": averaged}
 WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
-          "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1"}
+          "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1",
+          "flow": "--model {here}/../tiny/stable-diffusion-3 --rank 32"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
 
@@ -177,6 +178,8 @@ PILOTS = {  # what rates and gains were chosen from
        for name in ("strong", "brittle", "breadth")},
     "pilot-capped": replace(PARTS["primary"], seeds=range(100, 102), hours=0.3,
                             configurations=("plain", *(f"capped {cap}" for cap in CAPS))),
+    **{f"pilot-flow-{rate}": replace(PARTS["primary"], world="flow", rate=rate, seeds=range(100, 102),
+                                     configurations=TWO, hours=0.2) for rate in (SLOW, STABLE, FAST)},
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",

@@ -170,6 +170,10 @@ PARTS["alarm-fast"] = replace(PARTS["alarm"], rate=FAST, gains=PARTS["fast"].gai
 PARTS["price"] = replace(PARTS["primary"], seeds=range(600, 616), hours=2.0,
                          configurations=("plain", "noise", "noise window", "alignprop", f"capped {CAPS[1]}",
                                          "averaged"), question="What should somebody use, at one price?")
+# Rate and levels are from its pilots: at 2e-3 plain gained 0.5, at 8e-3 it fell back, and at 4e-3 all four runs
+# gained 0.8 or more.
+PARTS["flow"] = Part("Does it hold on flow matching?", 0.5, (0.5, 0.75), range(700, 712),
+                     ("plain", "noise", "both"), world="flow")
 PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate,
                                 hours=0.2) for rate in (STABLE, FAST, SLOW)},

@@ -25,16 +25,17 @@ def train(settings):
     if settings.sam or settings.noise:
         raise rsaft.UserError("the average is of plain training; leave out --noise and --sam")
     model, scores, prompts, evaluation = rsaft.load(settings)
+    # The model's own adapter is the average; while a gradient is taken it has the values of the trained copy.
     average = model.add_adapter(settings.rank, rsaft.named_generator(settings.seed, "lora"))
-    params = [nn.Parameter(p.detach().clone()) for p in average]
-    optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay,
+    trained = [nn.Parameter(p.detach().clone()) for p in average]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay,
                                   maximize=True)
-    with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=params) as run:
+    with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=trained) as run:
         for step in run.steps():
-            with holding(average, params):
+            with holding(average, trained):
                 log = plain_gradient(settings, model, scores, prompts, average, step)
             decay = min(0.995, (1 + step) / (10 + step))
-            grad_norm = step_copies(optimizer, params, average, decay, settings.max_grad_norm)
+            grad_norm = step_copies(optimizer, trained, average, decay, settings.max_grad_norm)
             run.record(**log, grad_norm=grad_norm)
 
 

@@ -20,9 +20,9 @@ DRAWS = 4
 
 
 def plain_gradient(settings, model, scores, prompts, params, step, make_images=None):
-    """An update's gradient as rsaft.train has it without --sam, in `params`. Returns what is logged.
+    """An update's gradient as rsaft.train has it without perturbations, in `params`. Returns what is logged.
 
-    make_images(plan, batch, start) draws the last steps; without it rsaft.sample_images does.
+    make_images(plan, batch, start) draws the last steps, to (images, prompts); if None, rsaft.sample_images.
     """
     plan = rsaft.make_plan(settings, step)
     chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
@@ -36,7 +36,7 @@ def moved_images(model, rho, plan, batch, start):
     """What rsaft.sample_images makes of a Batch, moved in DRAWS ways by the distance rho.
 
     Returns (images, prompts), with images (DRAWS B, 3, H, W), with a graph: rsaft_gradient takes the mean
-    over all pictures of a prompt.
+    over all pictures of a prompt, and logs the reward of the first B.
     """
     images, prompts = rsaft.sample_images(model, plan, batch, start)
     directions = [batch.noise(f"gaussian {i}", images.shape[1:]).to(images.device) for i in range(DRAWS)]
@@ -47,8 +47,8 @@ def moved_images(model, rho, plan, batch, start):
 def train(settings):
     """Tune a model; settings: from rsaft.parse. Raises UserError, RunStopped."""
     settings = rsaft.check(settings)
-    if settings.sam or settings.method == "draft-lv":
-        raise rsaft.UserError("random directions go with --noise alone, and not with draft-lv")
+    if settings.sam or not settings.noise or settings.method == "draft-lv":
+        raise rsaft.UserError("random directions need --noise, and go neither with --sam nor with draft-lv")
     model, scores, prompts, evaluation = rsaft.load(settings)
     params = model.add_adapter(settings.rank, rsaft.named_generator(settings.seed, "lora"))
     optimizer = torch.optim.AdamW(params, lr=settings.learning_rate, weight_decay=settings.weight_decay,

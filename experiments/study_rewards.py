@@ -1,6 +1,6 @@
 """Rewards of study.py, by FILE.py:FUNCTION: the judge of the small world, watched, a second proxy, caps.
 
-By hand, the second one once study.py has built it (the judge that --tiny brings along scores the same):
+By hand, `second` once study.py has built its model (for the judge the one of --tiny scores the same):
 
     python rsaft.py --tiny --reward pickscore=0.5 experiments/study_rewards.py:second=0.5
     python rsaft.py --tiny --reward experiments/study_rewards.py:capped_27

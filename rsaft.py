@@ -1742,9 +1742,9 @@ def parse_with(parser, argv, tiny):
     return parser.parse_args(argv)
 
 
-def parse(argv=None):
+def parse(argv=None, program="rsaft.py"):
     """The settings of rsaft.py's command line, an argparse.Namespace. Raises UserError."""
-    parser = Parser("rsaft.py", "Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models.")
+    parser = Parser(program, "Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models.")
     parser.flags("method", [
         ("--noise", 0.0, "perturb the pictures within a radius; without a number the paper's, 0.01", RADIUS),
         ("--sam", 0.0, "perturb the weights within a radius; without a number the paper's, 0.01", RADIUS),

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "related")]
 import rsaft  # noqa: E402, found through the line above, as gdro is
 from gdro import holding, step_copies  # noqa: E402
-from random_directions import plain_gradient  # noqa: E402
+from update import update_gradient  # noqa: E402
 
 
 def train(settings):
@@ -33,20 +33,14 @@ def train(settings):
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation, extra_state=trained) as run:
         for step in run.steps():
             with holding(average, trained):
-                log = plain_gradient(settings, model, scores, prompts, average, step)
-            decay = min(0.995, (1 + step) / (10 + step))
-            grad_norm = step_copies(optimizer, trained, average, decay, settings.max_grad_norm)
+                log = update_gradient(settings, model, scores.total, prompts, average, step)
+            grad_norm = step_copies(optimizer, trained, average, step, 0.995, settings.max_grad_norm)
             run.record(**log, grad_norm=grad_norm)
 
 
-def parse(argv=None):
-    """rsaft.py's settings under this program's name, so that neither goes on with a run of the other."""
-    settings = rsaft.parse(argv)
-    settings.program = "experiments/averaged.py"
-    return settings
-
-
-main = partial(rsaft.main, parse=parse, train=train, program="experiments/averaged.py")
+PROGRAM = "experiments/averaged.py"
+parse = partial(rsaft.parse, program=PROGRAM)    # by its name no other program goes on with a run of this one
+main = partial(rsaft.main, parse=parse, train=train, program=PROGRAM)
 
 if __name__ == "__main__":
     sys.exit(main())

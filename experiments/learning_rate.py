@@ -18,7 +18,6 @@ adapter B becomes +-rate, and A is uniform within 1/sqrt(in), so that its rows h
 rate sqrt(out rank / 3). The factor is sqrt(rank / (3 in)), `in` being the width that a layer reads.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import full_size  # noqa: E402, found through the line above; it keeps the libraries quiet
 import rsaft  # noqa: E402
+from update import update_gradient  # noqa: E402
 
 RHO_W = 0.01
 ATTENTION, EVERYTHING = "attention weights", "all weights"     # what is trained; a number: a rank
@@ -76,12 +76,7 @@ def measure(world, flags, trained, rate, updates):
     optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=settings.weight_decay, maximize=True)
 
     def gradient(step):
-        chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
-        batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
-        plan = rsaft.make_plan(settings, step)
-        make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
-        make_images = partial(rsaft.sample_images, model, plan)
-        return rsaft.rsaft_gradient(batches, make_starts, make_images, reward, params)["reward"]
+        return update_gradient(settings, model, reward, prompts, params, step)["reward"]
 
     measured = {}
     for step in range(updates + 1):

@@ -15,21 +15,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rsaft  # noqa: E402, found through the line above
+from update import update_gradient  # noqa: E402
 
 DRAWS = 4
-
-
-def plain_gradient(settings, model, scores, prompts, params, step, make_images=None):
-    """An update's gradient as rsaft.train has it without perturbations, in `params`. Returns what is logged.
-
-    make_images(plan, batch, start) draws the last steps, to (images, prompts); if None, rsaft.sample_images.
-    """
-    plan = rsaft.make_plan(settings, step)
-    chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
-    batches = rsaft.my_share(rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size))
-    make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
-    make_images = partial(make_images or partial(rsaft.sample_images, model), plan)
-    return rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params)
 
 
 def moved_images(model, rho, plan, batch, start):
@@ -56,20 +44,15 @@ def train(settings):
     make_images = partial(moved_images, model, settings.noise)
     with rsaft.Run(settings, model.adapter(), optimizer, evaluation) as run:
         for step in run.steps():
-            log = plain_gradient(settings, model, scores, prompts, params, step, make_images)
+            log = update_gradient(settings, model, scores.total, prompts, params, step, make_images)
             grad_norm = nn.utils.clip_grad_norm_(params, settings.max_grad_norm)
             optimizer.step()
             run.record(**log, grad_norm=grad_norm.item())
 
 
-def parse(argv=None):
-    """rsaft.py's settings under this program's name, so that neither goes on with a run of the other."""
-    settings = rsaft.parse(argv)
-    settings.program = "experiments/random_directions.py"
-    return settings
-
-
-main = partial(rsaft.main, parse=parse, train=train, program="experiments/random_directions.py")
+PROGRAM = "experiments/random_directions.py"
+parse = partial(rsaft.parse, program=PROGRAM)    # by its name no other program goes on with a run of this one
+main = partial(rsaft.main, parse=parse, train=train, program=PROGRAM)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -329,12 +329,11 @@ def perform(job, settings, worlds, out):
     flags = job.flags(settings, worlds)
     parsed = job.program.parse(flags)
     base = base_embeddings((*settings, *split_flags(WORLDS[job.world], worlds)))
-    spent = {"seconds": 0.0, "network_evaluations": 0, "price": 0.0}
+    drawn = 0
     if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
         flags += ["--data", f"{out}/groups"]
-        spent["network_evaluations"] = len(rsaft.read_prompts(parsed.prompts)) * parsed.pictures * (
-            2 * parsed.sampling_steps)
-        spent["price"] = float(spent["network_evaluations"])
+        drawn = len(rsaft.read_prompts(parsed.prompts)) * parsed.pictures * 2 * parsed.sampling_steps
+    spent = {"seconds": 0.0, "network_evaluations": drawn, "price": float(drawn)}
     study_rewards.EMBEDDINGS.clear()
     with quiet() as errors:
         code = job.program.main([*flags, "--device", "cpu", "--out", f"{out}/run"])
@@ -343,12 +342,10 @@ def perform(job, settings, worlds, out):
     evaluations = []
     for record in map(json.loads, Path(out, "run", "log.jsonl").read_text().splitlines()):
         spent["seconds"] += record.get("seconds", 0)
-        if "eval" not in record:
-            free, dear = (record.get(f"network_evaluations_{kind}_gradient", 0)
-                          for kind in ("without", "with"))
-            spent["network_evaluations"] += free + dear
-            spent["price"] += free + GRADIENT_PRICE * dear
-        else:
+        free, dear = (record.get(f"network_evaluations_{kind}_gradient", 0) for kind in ("without", "with"))
+        spent["network_evaluations"] += free + dear
+        spent["price"] += free + GRADIENT_PRICE * dear
+        if "eval" in record:
             evaluations.append({**record, **spent})
     rows = {job.configuration: measured(parsed, evaluations, base)}
     if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):

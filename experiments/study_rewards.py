@@ -24,7 +24,7 @@ def load_judge():
 
 
 @functools.cache
-def load_second(folder):
+def load_proxy(folder):
     return rsaft.load_pickscore(dict.fromkeys(rsaft.PICKSCORE_FILES, folder), "cpu")
 
 
@@ -33,14 +33,9 @@ def judge(images, prompts):
     return load_judge()(images, prompts)
 
 
-@functools.cache
-def load_first():
-    return rsaft.make_reward("pickscore", rsaft.TINY["models"])
-
-
 def capped(cap, images, prompts):
     """The score of the proxy, (B,), but at most `cap`: from there on without a gradient."""
-    return load_first()(images, prompts).clamp(max=cap)
+    return load_proxy(Path(rsaft.TINY["models"], "pickscore"))(images, prompts).clamp(max=cap)
 
 
 capped_26, capped_27, capped_28 = (functools.partial(capped, cap) for cap in (26, 27, 28))
@@ -48,4 +43,4 @@ capped_26, capped_27, capped_28 = (functools.partial(capped, cap) for cap in (26
 
 def second(images, prompts):
     """The score of the proxy that study.py builds beside the first, (B,)."""
-    return load_second(WORLDS / "second" / "second")(images, prompts)
+    return load_proxy(WORLDS / "second" / "second")(images, prompts)

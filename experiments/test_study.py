@@ -147,7 +147,7 @@ def test_what_is_averaged_is_the_adapter_of_plain_training(tmp_path):
 def test_a_cap_takes_the_gradient_of_pictures_above_it_and_leaves_the_others():
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     prompts = ["a red circle"] * 3
-    score = study.study_rewards.load_first()(images, prompts)
+    score = study.rsaft.make_reward("pickscore", study.rsaft.TINY["models"])(images, prompts)
     cap = score.detach().sort().values[1:].mean().item()            # between the second and the best
     for values in score, study.study_rewards.capped(cap, images, prompts):
         gradient, = torch.autograd.grad(values.sum(), images)

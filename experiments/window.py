@@ -14,14 +14,14 @@ A window leaves out what the moved weights do to the steps before the first one 
 carry a gradient, as in AlignProp with K = T, the two are the same update.
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rsaft
+import rsaft  # noqa: E402, found through the line above
+from update import update_gradient  # noqa: E402
 
 RADII, MEASURED_AT = (0.01, 0.1, 0.5), (0, 10, 20, 30, 40)
 
@@ -35,13 +35,8 @@ def cosines(method):
                                   maximize=True)
 
     def gradient(step, rho_w=0.0, window=False):
-        chosen = rsaft.training_prompts(prompts, settings.seed, step, settings.batch_size)
-        batches = rsaft.micro_batches(chosen, (settings.seed, step), settings.micro_batch_size)
-        plan = rsaft.make_plan(settings, step)
-        make_starts = partial(rsaft.sample_starts, model, plan, size=settings.sampling_batch_size)
-        make_images = partial(rsaft.sample_images, model, plan)
-        rsaft.rsaft_gradient(batches, make_starts, make_images, scores.total, params, rho_w=rho_w,
-                             reuse_starts=window)
+        update_gradient(settings, model, scores.total, prompts, params, step, rho_w=rho_w,
+                        reuse_starts=window)
         return torch.cat([p.grad.flatten() for p in params])
 
     measured = {rho_w: [] for rho_w in RADII}

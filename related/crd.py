@@ -179,8 +179,8 @@ def train(settings):
                     (sum(loss.values()) / parts).backward()
                 for name, value in loss.items():
                     log[name] += value.item() / parts
-            ema_decay = min(settings.ema_decay, (1 + step) / (10 + step))
-            grad_norm = step_copies(optimizer, params, average, ema_decay, settings.max_grad_norm)
+            grad_norm = step_copies(optimizer, params, average, step, settings.ema_decay,
+                                    settings.max_grad_norm)
             if update == settings.epoch_updates - 1:
                 update_average(old, params, decay(step + 1, *settings.old_decay))
                 update_average(sampling, params, decay(step + 1, *settings.sampling_decay))

@@ -175,17 +175,18 @@ def holding(params, values):
                 p.copy_(original)
 
 
-def step_copies(optimizer, params, average, decay, max_grad_norm):
+def step_copies(optimizer, params, average, step, max_decay, max_grad_norm):
     """A step of `params`, copies that a backward inside `holding(average, params)` gave a gradient.
 
-    `holding` lends values, so the gradient lies with `average`, which then moves towards them, with `decay`.
+    `holding` lends values, so the gradient lies with `average`, which then moves towards them, after `step`
+    earlier updates with the decay min(max_decay, (1 + step) / (10 + step)): of few updates, no long memory.
     Returns the gradient's norm before clipping.
     """
     for p, own in zip(params, average, strict=True):
         p.grad, own.grad = own.grad, None
     grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
     optimizer.step()
-    update_average(average, params, decay)
+    update_average(average, params, min(max_decay, (1 + step) / (10 + step)))
     return grad_norm.item()
 
 
@@ -270,8 +271,8 @@ def train(settings):
                 for name, value in {"reward": r.mean(), "ranking": ranking, "best_error": error[r.argmax()],
                                     "best_error_ref": error_ref[r.argmax()]}.items():
                     log[name] += value.item() / len(chosen_prompts)
-            decay = min(settings.ema_decay, (step + 1) / (10 + step))    # of few updates, no long memory
-            grad_norm = step_copies(optimizer, params, average, decay, settings.max_grad_norm)
+            grad_norm = step_copies(optimizer, params, average, step, settings.ema_decay,
+                                    settings.max_grad_norm)
             run.record(**log, grad_norm=grad_norm)
 
 

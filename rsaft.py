@@ -118,8 +118,8 @@ def flow_steps(scheduler, sampling_steps, tokens, even=False, mu=None):
     """Euler's update of flow matching (arXiv 2210.02747) as numbers: with alpha = 1 - sigma, f = noise - x0.
 
     scheduler: a diffusers FlowMatchEulerDiscreteScheduler, else ValueError; tokens: of a picture, which set
-    the sigmas' shift where it is dynamic; mu: that shift, given outright; even: they are 1, 1 - 1/T, ... 1/T
-    before it, not the scheduler's own. Returns a list of Step.
+    the sigmas' shift where it is dynamic; mu: that shift, given outright; even: before the shift the sigmas
+    are 1, 1 - 1/T, ... 1/T, not the scheduler's own. Returns a list of Step.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     if kind != "FlowMatchEulerDiscreteScheduler" or config.stochastic_sampling or config.invert_sigmas:
@@ -174,7 +174,7 @@ def draft(T, rng, K=None):
 
 
 def draft_lv(T, rng, K=None):
-    """DRaFT-LV (arXiv 2309.17400): DRaFT-1, and two more pictures, x0 noised again to the last timestep."""
+    """DRaFT-LV (arXiv 2309.17400): `draft`, and two more pictures, x0 noised again to the last timestep."""
     return Plan(last_steps(T, K or 1, T), renoised=2)
 
 
@@ -194,7 +194,7 @@ def drtune(T, rng, K=None):
     where x0 is predicted. The gradient flows through the sampler's arithmetic alone."""
     first = T - math.ceil(0.4 * T)
     taken, K = draw(rng, first, T - 1) + 1, K or max(1, round(T / 10))
-    last_steps(taken, K, first + 1)      # for its check alone
+    last_steps(taken, K, first + 1)      # not for its steps: it refuses more of them than there are
     spacing = taken // K
     offset = draw(rng, 0, spacing - 1)
     chosen = [offset + i * spacing for i in range(K)]
@@ -373,6 +373,11 @@ def reward_sharpness(reward, images, prompts, rho):
 def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, rho_w=0.0, reuse_starts=False):
     """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in p.grad.
 
+    1. Make the pictures x0 and take the reward's gradient g at each; d = -rho g / |g|, from here on constant.
+    2. Carry g back to the weights; summed over the batch it is grad_theta, and e = -rho_w grad_theta / |...|.
+    3. Make the pictures once more at theta + e, from the same noise; take the reward's gradient at them plus
+       that same d, and carry it back: the result. Without e, step 2 takes it at x0 + d and is the last one.
+
     It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain one, of Eq. 4.
 
     batches: list of Batch, the micro-batches of one update; with several processes, those of this one.
@@ -385,9 +390,9 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     Processes are summed over here: no DDP around it.
 
     Returns a dict of floats, means over the pictures: `reward` at theta and x0 and, with a perturbation,
-    `worst_reward` where the gradient is taken (both of each prompt's first picture), the norms reached, and
-    the fall of the reward between them (of all pictures): -mean <g, d> - <gradient, e> to first order, and
-    as measured.
+    `worst_reward` where the gradient is taken (both of each prompt's first picture); the norms that arrived,
+    `noise_norm` and `sam_norm`; the fall of the reward from the one to the other, `fall_measured`, and
+    -mean <g, d> - <grad_theta, e>, to first order, `fall_predicted` (both of all pictures).
     """
     means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))
@@ -402,12 +407,13 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
         share = B / (total.item() * len(prompts))                       # 1 / the number of all pictures
         r, g = reward_gradient(reward, x0, prompts)
         d = sample_perturbation(g, rho) if rho > 0 else 0.0             # Eq. 15
-        first_pass.append((r, d))
         means.add(reward=r[:B])
+        if rho_w > 0:
+            first_pass.append((r, d))                                   # for the second one
         if rho > 0:
             arrived = x0.detach() + d - x0.detach()                     # d, as far as rounding lets it
             means.add(noise_norm=arrived.flatten(1).norm(dim=1), fall_predicted=-(g * d).flatten(1).sum(1))
-        if rho > 0 and rho_w == 0:
+        if rho > 0 and rho_w == 0:                                      # no second pass: d counts in this one
             r_worst, g = reward_gradient(reward, x0 + d, prompts)
             means.add(worst_reward=r_worst[:B], fall_measured=r - r_worst)
         x0.backward(share * g)
@@ -466,7 +472,7 @@ def sum_over_processes(tensors):
 
 
 def distributed():
-    """Whether this is one of several processes that torchrun has started and `load` has connected."""
+    """Whether this is one of several connected processes, as torchrun starts and `load` connects them."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -754,7 +760,7 @@ def ask_hub(model, question):
             stop, wait = hub_problem(model, error)
             if last_try or not isinstance(stop, RunStopped):
                 raise stop from error
-        say(str(stop).replace("try again", f"once more in {wait} s").partition(",")[0])
+        say(f"{str(stop).rpartition('; try again')[0]}; once more in {wait} s")
         time.sleep(wait)
 
 
@@ -1207,9 +1213,8 @@ class Evaluation:
         values = {name: torch.zeros(N, dtype=torch.float64) for name in names}
         pictures = torch.zeros(min(GRID, N), 3, self.settings.height, self.settings.width)
         batches = my_share(micro_batches(self.prompts, ("evaluation",), self.settings.micro_batch_size))
-        starts = []
-        if batches:    # of many processes some may have none
-            starts = sample_starts(self.model, plan, batches, self.settings.sampling_batch_size)
+        size = self.settings.sampling_batch_size
+        starts = sample_starts(self.model, plan, batches, size) if batches else []    # some may have none
         for batch, start in zip(batches, starts):
             with torch.no_grad():
                 images, prompts = sample_images(self.model, plan, batch, start)
@@ -1264,7 +1269,8 @@ def make_grid(images, columns=4):
 # Everything else in the folder is made from it, or, as the pictures are, just before it.
 
 CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors", ".lock"
-# On resume these may change; device and batch sizes then change no more than the last bits.
+# On resume these may change; device and batch sizes then change no more than the last bits. The dtype, which
+# follows the device where it isn't given, may not.
 MAY_CHANGE = {"train_steps", "stop_on_alarm", "gradient_checkpointing", "out", "versions", "device",
               "micro_batch_size", "sampling_batch_size"}
 # Names in the log that a reward can't have.
@@ -1291,6 +1297,14 @@ def write_atomic(path, content):
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def make_run_folder():
+    """Make runs/NNN with the first number that is free, and return it: no two runs are given the same."""
+    for number in itertools.count():
+        with contextlib.suppress(FileExistsError):
+            Path(f"runs/{number:03d}").mkdir(parents=True)
+            return number
 
 
 def read_checkpoint(settings):
@@ -1321,13 +1335,18 @@ class Run:
 
     def __init__(self, settings, adapter, optimizer, evaluation, extra_state=()):
         self.settings, self.adapter, self.optimizer = settings, adapter, optimizer
-        self.evaluation, self.extra_state, self.out = evaluation, extra_state, Path(settings.out)
+        self.evaluation, self.extra_state = evaluation, extra_state
         self.updates, self.evaluations, self.best = [], [], {}      # lines of the log, and the best adapter
         self.counts, self.has_header = evaluation.model.counts, False
         self.doing, self.shown = "", 0.0             # what the bar says, and since when
 
     def __enter__(self):
         from tqdm import tqdm
+        if self.settings.out is None:
+            number = torch.tensor(make_run_folder() if process_index() == 0 else 0)
+            sum_over_processes([number])
+            self.settings.out = f"runs/{number:03d}"
+        self.out = Path(self.settings.out)
         if process_index() == 0:
             import fcntl
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1424,7 +1443,10 @@ class Run:
             self.bar.set_postfix_str(f"{self.doing}, {count:,} network evaluations")
 
     def record(self, reward, grad_norm, **values):
-        """Log an update that the optimizer has made, and save. Raises UserError for one without gradient."""
+        """Log an update that the optimizer has made, and save; `steps` goes on by it.
+
+        Raises UserError for an update without a gradient, or with a value that is not finite.
+        """
         step = len(self.updates) + 1
         values = {"reward": reward, **values, "grad_norm": grad_norm}
         wrong = [f"{name} = {value:g}" for name, value in values.items() if not math.isfinite(value)]
@@ -1576,14 +1598,14 @@ def check(settings):
     if settings.stop_on_alarm and not (settings.eval_every and settings.eval_reward):
         raise UserError("--stop-on-alarm needs evaluations, --eval-every, and a held-out --eval-reward")
 
-    free = (f"runs/{number:03d}" for number in itertools.count() if not Path(f"runs/{number:03d}").exists())
-    settings.out = settings.out or next(free)
-    with explained(f"--out {settings.out} can't be used"):
-        path = Path(settings.out).absolute()
+    out = settings.out or "runs"        # without --out, a new folder in it, made when the run begins
+    with explained(f"--out {out} can't be used"):
+        path = Path(out).absolute()
         parent = next(folder for folder in (path, *path.parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ValueError(f"{parent} can't be written to")
-        read_checkpoint(settings)
+        if settings.out:
+            read_checkpoint(settings)
     return settings
 
 
@@ -1709,7 +1731,7 @@ def add_common_flags(parser):
         ("--eval-prompts", None, "another one for the evaluations", FILE)])
     parser.flags("sampling (without a default: the model's own)", [
         ("--sampling-steps", None, "steps of a rollout, T; paper: 50, SD3 28", number(int, 1, 10 ** 4)),
-        ("--guidance-scale", None, "classifier-free guidance; 1 turns it off", AMOUNT_OR_0),
+        ("--guidance-scale", None, "classifier-free guidance, ours; 1 turns it off", AMOUNT_OR_0),
         ("--height", None, "of the pictures, in pixels; paper: 512, SDXL and SD3 1024", PIXELS),
         ("--width", None, "of the pictures, in pixels", PIXELS)])
     parser.flags("training", [
@@ -1746,8 +1768,10 @@ def parse(argv=None, program="rsaft.py"):
     """The settings of rsaft.py's command line, an argparse.Namespace. Raises UserError."""
     parser = Parser(program, "Reward Sharpness-Aware Fine-Tuning of text-to-image diffusion models.")
     parser.flags("method", [
-        ("--noise", 0.0, "perturb the pictures within a radius; without a number the paper's, 0.01", RADIUS),
-        ("--sam", 0.0, "perturb the weights within a radius; without a number the paper's, 0.01", RADIUS),
+        ("--noise", 0.0, "move each picture to the worst one within a radius; without a number the paper's, "
+         "0.01; 0: off", RADIUS),
+        ("--sam", 0.0, "move the weights to the worst within a radius; without a number the paper's, 0.01; "
+         "0: off", RADIUS),
         ("--sam-rollout", "full", "the second rollout of --sam: all of it, the paper's, or the steps with "
          "gradient", {"choices": ("full", "window")}),
         ("--method", "draft", "which part of the rollout is differentiated; paper: all but draft-lv",

@@ -1890,6 +1890,22 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_lock_dies_with_its_p
     assert files(copied) == before
 
 
+def test_two_runs_that_begin_together_without_out_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--tiny", "--train-steps", "1", "--sampling-steps", "2", "--batch-size", "2", "--eval-every", "0"]
+    load, others = rsaft.load, iter([flags])
+
+    def load_while_another_runs(settings):
+        for other in others:
+            assert rsaft.main(other) == 0
+        return load(settings)
+
+    monkeypatch.setattr(rsaft, "load", load_while_another_runs)
+    assert rsaft.main(flags) == 0
+    first, second = (Path(f"runs/{name}/{rsaft.ADAPTER}").read_bytes() for name in ("000", "001"))
+    assert first == second and not Path("runs/002").exists()
+
+
 def test_ctrl_c_and_a_full_disk_end_the_run_in_one_line_that_says_how_to_go_on(
         finished, tmp_path, monkeypatch, capsys):
     fsync, calls = os.fsync, []

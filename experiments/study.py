@@ -85,6 +85,10 @@ CAPS = (26, 27, 28)                                    # of the proxy, where one
 # experiments/README.md, "How time grows": a straight line through those by K and one through those by T.
 GRADIENT_PRICE = 2.4
 
+WORDS = "{here}/../tiny/words"
+WORDS_HELD_OUT = f"ocr_v4 {WORDS}/world.py:oracle_accuracy {WORDS}/world.py:oracle_correlation"
+FLOOR = ("--reward {here}/../rewards/ocr_likelihood.py:ocr_floor --eval-reward "
+         f"{WORDS_HELD_OUT} ocr_likelihood")
 SETTINGS = ["--tiny", "--reward", "pickscore", "--eval-every", str(EVAL_EVERY), "--eval-images",
             str(PICTURES), "--train-steps", str(UPDATES), "--eval-reward",
             f"{HERE / 'study_rewards.py'}:judge", *rsaft.TINY["eval_reward"][1:]]    # --tiny's judge, watched
@@ -103,9 +107,14 @@ CONFIGURATIONS = {
     # The proxy up to a cap is trained on; the proxy itself is measured, as a held-out score.
     **{f"capped {cap}": f"--reward {{here}}/study_rewards.py:capped_{cap} --eval-reward "
        f"{' '.join(SETTINGS[-3:])} pickscore" for cap in CAPS},
+    "3 steps": "--grad-steps 3", "10 steps": "--grad-steps 10",
+    # Of words: the likelihood with its shape repaired is trained on, the likelihood is measured.
+    "floor": FLOOR, "floor 10 steps": f"{FLOOR} --grad-steps 10",
 }
 # Times UPDATES, of configurations and worlds; gdro's and crd's are their own defaults.
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3}
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3,
+          "words": 2 / 3}
+MORE_PICTURES = {"words": 5 / 3}                   # times PICTURES: four of each of its 60 captions
 # GDRO's and CRD's are their defaults with --tiny.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
 OWN_METHOD = {"alignprop": "alignprop"}       # the other methods are those of the part
@@ -114,7 +123,9 @@ PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directi
 # "again" and "often" are "tiny": run once more; evaluated twice as often, for 80 updates.
 WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
           "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1",
-          "flow": "--model {here}/../tiny/stable-diffusion-3 --rank 32"}
+          "flow": "--model {here}/../tiny/stable-diffusion-3 --rank 32",
+          "words": f"--model {WORDS} --prompts {WORDS}/prompts.txt --reward ocr_likelihood --eval-reward "
+          f"{WORDS_HELD_OUT}"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
 
 
@@ -186,12 +197,18 @@ PILOTS = {  # what rates and gains were chosen from
                             configurations=("plain", *(f"capped {cap}" for cap in CAPS))),
     **{f"pilot-flow-{rate}": replace(PARTS["primary"], world="flow", rate=rate, seeds=range(100, 102),
                                      configurations=TWO, hours=0.2) for rate in (SLOW, STABLE, FAST)},
+    # From them come K, rate and levels of a comparison on words that is still to be run.
+    **{f"pilot-words-{rate}": Part("Which setting improves on words, and stays steady?", 2.5, (0.3,),
+                                   range(100, 101), ("plain", "3 steps", "10 steps", "floor",
+                                                     "floor 10 steps"), rate=rate, world="words")
+       for rate in ("5e-4", "1e-3")},
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",
         "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
             "diversity": "diversity", "kid": "KID"}
+COMPARED = "proxy", *MEASURES, "step"
 COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations",
            "price", "proxy", *MEASURES, "seconds", "alarm")
 
@@ -219,18 +236,19 @@ class Job:
         """The command line; what stands later wins."""
         own = split_flags(f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}", worlds)
         own += ["--method", self.method] if self.program is rsaft else []
-        steps, every = self.budget(settings)
-        return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed),
-                "--train-steps", str(steps), "--eval-every", str(every), *own]
+        steps, every, pictures = self.budget(settings)
+        return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed), "--train-steps",
+                str(steps), "--eval-every", str(every), "--eval-images", str(pictures), *own]
 
     @property
     def longer(self):
         return LONGER.get(self.configuration, LONGER.get(self.world, 1))
 
     def budget(self, settings):
-        """Updates, and how many between evaluations."""
+        """Updates, how many between evaluations, and the pictures of one."""
         base = rsaft.parse(settings)
-        return round(self.longer * base.train_steps), base.eval_every // (2 if self.world == "often" else 1)
+        return (round(self.longer * base.train_steps), base.eval_every // (2 if self.world == "often" else 1),
+                round(MORE_PICTURES.get(self.world, 1) * base.eval_images))
 
     @property
     def work(self):
@@ -295,7 +313,15 @@ def base_embeddings(flags):
 
 
 def measured(settings, evaluations, base):
-    """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the embeddings that they left."""
+    """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the embeddings that they left.
+
+    base: embeddings of pictures of the base model. Of words there are none, and the oracle's error is what is
+    missing to a correlation of 1.
+    """
+    if "ocr_v4" in evaluations[0]:
+        return [{"alarm": None, **scores, "proxy": scores["ocr_likelihood"], "judge": scores["ocr_v4"],
+                 "oracle_rmse": 1 - scores["oracle_correlation"], "diversity": math.nan, "kid": math.nan}
+                for scores in evaluations]
     prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))
     # Before them are those of the random picture with which the judge was tried out, once per prompt.
     pictures = torch.cat(study_rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
@@ -328,7 +354,8 @@ def perform(job, settings, worlds, out):
     study_rewards.WORLDS = worlds
     flags = job.flags(settings, worlds)
     parsed = job.program.parse(flags)
-    base = base_embeddings((*settings, *split_flags(WORLDS[job.world], worlds)))
+    of_world = *settings, *split_flags(WORLDS[job.world], worlds)
+    base = None if job.world == "words" else base_embeddings(of_world)
     drawn = 0
     if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
         flags += ["--data", f"{out}/groups"]
@@ -540,7 +567,7 @@ def at_equal(axis, gain, *pair):
     Equal proxy is the base model's plus `gain`; of the others, as many as the shorter of the two runs has.
     """
     level = pair[0][0]["proxy"] + gain if axis == "proxy" else min(rows[-1][axis] for rows in pair)
-    ends = [{name: at_level(column(rows, axis), column(rows, name), level) for name in ("proxy", *MEASURES)}
+    ends = [{name: at_level(column(rows, axis), column(rows, name), level) for name in COMPARED}
             for rows in pair]
     return None if None in (end["proxy"] for end in ends) else ends
 
@@ -564,7 +591,7 @@ def table(header, rows):
 def subtracted(ends):
     """A cell for each measure: the mean of a's minus b's over those pairs (a, b) of dicts that have both."""
     return [cell(*mean_interval([a[name] - b[name] for a, b in ends if not math.isnan(a[name] - b[name])]))
-            for name in ("proxy", *MEASURES)]
+            for name in COMPARED]
 
 
 def gained(runs, part):
@@ -573,14 +600,14 @@ def gained(runs, part):
     for method, configuration in product(part.methods, part.configurations):
         runs_of = of_seeds(runs, part, configuration, method).values()
         for gain in (*part.gains, None) if configuration == "plain" else (None,):
-            ends = [({name: outcome(rows, name, gain) for name in ("proxy", *MEASURES)}, rows[0])
+            ends = [({name: outcome(rows, name, gain) for name in COMPARED}, rows[0])
                     for rows in runs_of if outcome(rows, "proxy", gain) is not None]
             if ends:
-                proxy, *others = subtracted(ends)
+                proxy, *others, updates = subtracted(ends)
                 at = AXES["proxy"].format(gain) if gain else "the last update"
                 lines.append([method, configuration, at, f"{len(ends)} of {len(runs_of)}",
-                              "" if gain else proxy, *others])
-    return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values()], lines)
+                              "" if gain else proxy, *others, updates if gain else ""])
+    return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values(), "updates"], lines)
 
 
 def differences(runs, part, configurations=None, reference="plain"):
@@ -598,10 +625,12 @@ def differences(runs, part, configurations=None, reference="plain"):
             if any(math.isnan(rows[-1][axis]) for pair in pairs for rows in pair):    # not kept at that time
                 continue
             ends = [end for pair in pairs if (end := at_equal(axis, gain, *pair))]
-            proxy, *others = subtracted(ends)
+            proxy, *others, updates = subtracted(ends)
             lines.append([method, configuration, AXES[axis].format(gain), f"{len(ends)} of {len(pairs)}",
-                          "" if axis == "proxy" else proxy, *others])
-    return table(["method", "configuration", "at equal", "pairs", "proxy", *MEASURES.values()], lines)
+                          "" if axis == "proxy" else proxy, *others,
+                          updates if axis == "proxy" and configuration != "scaled" else ""])
+    measures = "proxy", *MEASURES.values(), "updates"
+    return table(["method", "configuration", "at equal", "pairs", *measures], lines)
 
 
 def steadiness(runs, part):
@@ -843,6 +872,7 @@ def quick(folder, workers):
              for name, part in PARTS.items()}
     parts["primary"] = replace(parts["primary"], configurations=FOUR)
     parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))
+    parts["pilot-words"] = replace(PILOTS["pilot-words-1e-3"], configurations=("floor",))
     (folder / "prompts.txt").write_text("\n".join(rsaft.read_prompts(rsaft.TINY["prompts"])[:8]))
     settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4",
                 "--eval-every", "2", "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]
@@ -855,9 +885,10 @@ def quick(folder, workers):
     assert run_parts(parts, settings, folder, workers) == [] and (folder / "study.csv").read_text() == text
     assert {job.world for job in runs} == set(WORLDS)
     for job in jobs_of(parts):
-        last, every = job.budget(settings)
+        last, every, _ = job.budget(settings)
         assert column(runs[job], "step") == sorted({*range(0, last, every), last}), job
-        assert all(math.isfinite(row[name]) for row in runs[job] for name in ("proxy", *MEASURES)), job
+        names = {"proxy", *MEASURES} - ({"diversity", "kid"} if job.world == "words" else set())
+        assert all(math.isfinite(row[name]) for row in runs[job] for name in names), job
     for job in parts["again"].jobs():
         once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]]
                        for name in ("tiny", "again"))

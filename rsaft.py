@@ -1738,7 +1738,7 @@ def add_common_flags(parser):
         ("--train-steps", 200, "number of updates; ours", number(int, 1, 10 ** 9)),
         ("--batch-size", 32, "pictures per update; paper: 32", COUNT),
         ("--learning-rate", 3e-4, "of AdamW; the paper's 2e-05 is, as far as known, for all weights; ours "
-         "moves the adapted ones as far", AMOUNT),
+         "moves the adapted ones about as far", AMOUNT),
         ("--weight-decay", 1e-4, "of AdamW; paper: 0.0001", AMOUNT_OR_0),
         ("--max-grad-norm", 1.0, "clip the gradient to this norm; ours", AMOUNT),
         ("--rank", 16, "of the LoRA adapter; ours", COUNT),

@@ -58,11 +58,12 @@ from scipy import stats
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("", "tiny", "related")]
-import averaged  # noqa: E402, beside this file, or found through the line above, as the next four are
+import averaged  # noqa: E402, beside this file, or found through the line above, as the next five are
 import crd  # noqa: E402
 import gdro  # noqa: E402
 import random_directions  # noqa: E402
 import rsaft  # noqa: E402
+import world  # noqa: E402
 
 study_rewards = rsaft.import_file(HERE / "study_rewards.py")    # the module that runs get by FILE.py:FUNCTION
 
@@ -784,12 +785,15 @@ def report(runs, parts, pilots):
 # ---- Figures -----------------------------------------------------------------------------------------------
 
 COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728", "gdro": "#9467bd",
-           "crd": "#ff7f0e", "crd old": "#8c564b"}
+           "crd": "#ff7f0e", "crd old": "#8c564b", "both window": "#d62728", "alignprop": "#9467bd",
+           f"capped {CAPS[1]}": "#ff7f0e", "averaged": "#8c564b"}
 LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
-          "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD", "crd old": "CRD, guard 1 off"}
+          "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD", "crd old": "CRD, guard 1 off",
+          "both window": "RSA-FT, window", "alignprop": "plain AlignProp",
+          f"capped {CAPS[1]}": "plain, score capped", "averaged": "plain, adapter averaged"}
 TITLES = {"unguided": "sampled without guidance", "flow": "a model of flow matching"}
 FIGURES = {"study_curves.png": ("primary", "fast"), "study_related.png": ("gdro", "crd"),
-           "study_flow.png": ("flow",)}
+           "study_flow.png": ("flow",), "study_price.png": ("price",)}
 PANELS = {"judge": "score of a second reward model,\nnever trained on",
           "oracle_accuracy": "share of pictures that show\nwhat the caption says",
           "oracle_rmse": "distance to a clean drawing\nof the caption (less is better)"}
@@ -828,37 +832,55 @@ def draw_curves(runs, parts, path):
         axis.set_title(f"{label}\n({where})", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
-    for axis in axes[:, 0]:
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=9)
+    drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.lines}
+    names = [label for label in LABELS.values() if label in drawn]
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False,
+                  fontsize=9, columnspacing=1)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def read_grid(path, height, width, columns=4):
+    """The pictures of a grid that rsaft.make_grid made, not enlarged, (n, 3, height, width) in [0, 1]."""
+    from matplotlib import pyplot
+    grid = torch.from_numpy(pyplot.imread(path))
+    factor = grid.shape[1] // columns // width
+    small = grid[::factor, ::factor].permute(2, 0, 1)
+    return torch.stack([picture for row in small.split(height, 1) for picture in row.split(width, 2)])
 
 
 def draw_samples(runs, part, settings, folder, path):
     """Base, plain and RSA-FT at equal proxy: one pair of runs once more, for the pictures of the evaluation
     whose proxy is nearest to the level. It is the pair at the median (of an even number the upper one) of the
-    difference in right pictures at that level. The same captions and noise in all three."""
+    difference in right pictures at that level. The same captions and noise in all three; a cross marks what
+    the oracle takes for another caption."""
     from matplotlib import pyplot
     plain, both = ({seed: outcome(rows, "oracle_accuracy", part.gains[0]) for seed, rows in of_seeds(
         runs, part, configuration).items()} for configuration in TWO)
     seeds = [seed for seed in part.seeds if None not in (plain.get(seed), both.get(seed))]
     seed = sorted(seeds, key=lambda seed: both[seed] - plain[seed])[len(seeds) // 2]
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.35), layout="constrained")
     shown = {}
     for configuration in TWO:
         with tempfile.TemporaryDirectory() as out:
             job = part.job("draft", seed, configuration)
             rows = perform(job, settings, folder / "worlds", out)[configuration]
             near = min(rows, key=lambda row: abs(row["proxy"] - rows[0]["proxy"] - part.gains[0]))
+            prompts = rsaft.read_prompts(Path(out, "run/samples/prompts.txt"))
             for row, label in (rows[0], "base model"), (near, LABELS[configuration]):
-                grid = pyplot.imread(Path(out, "run", "samples", f"step_{row['step']:06d}.png"))
-                shown[label] = grid, (f"{label}, {row['step']} updates\nscore trained on {row['proxy']:.1f}, "
-                                      f"share of right pictures {row['oracle_accuracy']:.2f}")
-    for (grid, title), axis in zip(shown.values(), axes):
-        axis.imshow(grid)
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
+                pictures = read_grid(Path(out, "run/samples", f"step_{row['step']:06d}.png"), 32, 32)
+                shown[label] = pictures, (f"{label}, {row['step']} updates\nscore trained on "
+                                          f"{row['proxy']:.1f}, right pictures {row['oracle_accuracy']:.2f}")
+    figure = pyplot.figure(figsize=(11, 4.9), layout="constrained")
+    for part, (pictures, title) in zip(figure.subfigures(1, 3, wspace=0.04), shown.values()):
+        part.suptitle(title, fontsize=10)
+        right = world.oracle_accuracy(pictures[:len(prompts)], prompts)
+        for axis, picture, prompt, good in zip(part.subplots(4, 4).flat, pictures, prompts, right):
+            axis.imshow(picture.permute(1, 2, 0))
+            name = " ".join(prompt.split()[1:3])
+            axis.set_xlabel(name if good else f"\N{BALLOT X} {name}", fontsize=7, labelpad=1,
+                            color="#777777" if good else COLOURS["both"])
+            axis.set_xticks([])
+            axis.set_yticks([])
     figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 

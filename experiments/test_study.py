@@ -185,6 +185,13 @@ def test_a_table_of_rows_survives_its_file(tmp_path):
     assert (tmp_path / "study.csv").read_bytes() == before
 
 
+def test_a_grid_is_read_back_as_its_pictures(tmp_path):
+    for height, width in (32, 32), (32, 96):
+        pictures = torch.randint(256, (8, 3, height, width), generator=torch.Generator().manual_seed(0)) / 255
+        (tmp_path / "grid.png").write_bytes(study.rsaft.make_grid(pictures))
+        assert torch.allclose(study.read_grid(tmp_path / "grid.png", height, width), pictures, atol=1e-6)
+
+
 def test_parts_are_paired_and_none_is_reported_from_a_pilot_seed():
     pilot, named = {seed for part in study.PILOTS.values() for seed in part.seeds}, set()
     for part in study.PARTS.values():

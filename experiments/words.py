@@ -11,14 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-import numpy
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "rewards")]
 import ocr  # noqa: E402, found through the line above, as the next two are
 import ocr_v4  # noqa: E402
 import rsaft  # noqa: E402
+import study  # noqa: E402
 
 WORLD, FLOOR = HERE.parent / "tiny/words", f"{HERE.parent}/rewards/ocr_likelihood.py:ocr_floor"
 COMMON = ["--tiny", "--model", str(WORLD), "--prompts", str(WORLD / "prompts.txt"), "--batch-size", "16",
@@ -40,16 +38,6 @@ def last_line(folder, first=False):
     return [line for line in lines if "eval" in line][0 if first else -1]
 
 
-def read_grid(folder, step):
-    """The pictures of an evaluation's grid, (16, 3, 32, 96) in [0, 1], not enlarged."""
-    from PIL import Image
-    grid = torch.from_numpy(numpy.array(Image.open(folder / f"samples/step_{step:06d}.png"))).float() / 255
-    rows, columns, _ = grid.shape
-    factor = columns // COLUMNS // 96
-    small = grid[::factor, ::factor].permute(2, 0, 1)
-    return torch.stack([part for row in small.split(32, 1) for part in row.split(96, 2)])
-
-
 def draw(folders, path):
     """A block of pictures for the base model and for each run in {name: folder}, with what is read below."""
     from matplotlib import pyplot
@@ -59,7 +47,7 @@ def draw(folders, path):
     blocks += [(name, folder, last_line(folder)) for name, folder in folders.items()]
     figure = pyplot.figure(figsize=(11, 3.9), layout="constrained")
     for part, (name, folder, line) in zip(figure.subfigures(2, 2, wspace=0.03, hspace=0.03).flat, blocks):
-        pictures = read_grid(folder, line["step"])[:SHOWN]
+        pictures = study.read_grid(folder / f"samples/step_{line['step']:06d}.png", 32, 96)[:SHOWN]
         prompts = (folder / "samples/prompts.txt").read_text(encoding="utf-8").splitlines()[:SHOWN]
         score = f", likelihood {line['ocr_likelihood']:.2f}" if "ocr_likelihood" in line else ""
         part.suptitle(f"{TITLES[name]}\nletters read {line['ocr_v4']:.2f}{score}", fontsize=10)

@@ -374,7 +374,7 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     """The gradient of the flattened reward, E[ r( x0(xT, c; theta + e) + d, c ) ] (Eq. 19), left in p.grad.
 
     1. Make the pictures x0 and take the reward's gradient g at each; d = -rho g / |g|, from here on constant.
-    2. Carry g back to the weights; summed over the batch it is grad_theta, and e = -rho_w grad_theta / |...|.
+    2. Carry g back to the weights; its mean over the batch is grad_theta, and e = -rho_w grad_theta / |...|.
     3. Make the pictures once more at theta + e, from the same noise; take the reward's gradient at them plus
        that same d, and carry it back: the result. Without e, step 2 takes it at x0 + d and is the last one.
 
@@ -1301,9 +1301,10 @@ def write_atomic(path, content):
 
 def make_run_folder():
     """Make runs/NNN with the first number that is free, and return it: no two runs are given the same."""
+    Path("runs").mkdir(exist_ok=True)
     for number in itertools.count():
         with contextlib.suppress(FileExistsError):
-            Path(f"runs/{number:03d}").mkdir(parents=True)
+            Path(f"runs/{number:03d}").mkdir()
             return number
 
 
@@ -1342,7 +1343,7 @@ class Run:
 
     def __enter__(self):
         from tqdm import tqdm
-        if self.settings.out is None:
+        if not self.settings.out:
             number = torch.tensor(make_run_folder() if process_index() == 0 else 0)
             sum_over_processes([number])
             self.settings.out = f"runs/{number:03d}"

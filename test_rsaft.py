@@ -1892,7 +1892,7 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_lock_dies_with_its_p
 
 def test_two_runs_that_begin_together_without_out_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--tiny", "--train-steps", "1", "--sampling-steps", "2", "--batch-size", "2", "--eval-every", "0"]
+    flags = ["--tiny", "--train-steps", "1", "--sampling-steps", "2", "--batch-size", "2", "--eval-every=0"]
     load, others = rsaft.load, iter([flags])
 
     def load_while_another_runs(settings):
@@ -1904,6 +1904,7 @@ def test_two_runs_that_begin_together_without_out_have_a_folder_each(tmp_path, m
     assert rsaft.main(flags) == 0
     first, second = (Path(f"runs/{name}/{rsaft.ADAPTER}").read_bytes() for name in ("000", "001"))
     assert first == second and not Path("runs/002").exists()
+    assert rsaft.main([*flags, "--out", ""]) == 0 and Path("runs/002", rsaft.ADAPTER).exists()
 
 
 def test_ctrl_c_and_a_full_disk_end_the_run_in_one_line_that_says_how_to_go_on(
@@ -2034,9 +2035,10 @@ log = rsaft.rsaft_gradient(batches, partial(rsaft.sample_starts, model, plan, si
                            rsaft.make_reward("pickscore", "tiny"), params, 0.01, 0.01)
 torch.save({"e": seen[0], "gradient": [p.grad for p in params], "log": log},
            f"{folder}/update-{rsaft.process_index()}.pt")
+os.chdir(folder)
 sys.exit(rsaft.main(["--tiny", "--noise", "--sam", "--train-steps", "2", "--sampling-steps", "4",
                      "--batch-size", "4", "--micro-batch-size", "2", "--eval-images", "6",
-                     "--eval-every", "1", "--out", f"{folder}/run"]))
+                     "--eval-every", "1"]))
 """
 
 
@@ -2063,7 +2065,8 @@ def test_two_processes_make_the_update_of_one_and_write_its_log(tmp_path, monkey
             assert (a - b).norm() < 1e-3 * b.norm() and b.norm() > 0
         assert update["log"] == {name: pytest.approx(value, rel=1e-3)
                                  for name, value in expected["log"].items()}
-    runs = [tmp_path / name / "run" for name in ("one", "two")]
+    runs = [tmp_path / name / "runs/000" for name in ("one", "two")]
+    assert [*(tmp_path / "two/runs").iterdir()] == [runs[1]]        # without --out, one folder for both
     one, two = map(story, runs)
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for a, b in zip(one, two):

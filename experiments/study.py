@@ -871,10 +871,10 @@ def draw_samples(runs, part, settings, folder, path):
                 shown[label] = pictures, (f"{label}, {row['step']} updates\nscore trained on "
                                           f"{row['proxy']:.1f}, right pictures {row['oracle_accuracy']:.2f}")
     figure = pyplot.figure(figsize=(11, 4.9), layout="constrained")
-    for part, (pictures, title) in zip(figure.subfigures(1, 3, wspace=0.04), shown.values()):
-        part.suptitle(title, fontsize=10)
+    for panel, (pictures, title) in zip(figure.subfigures(1, 3, wspace=0.04), shown.values()):
+        panel.suptitle(title, fontsize=10)
         right = world.oracle_accuracy(pictures[:len(prompts)], prompts)
-        for axis, picture, prompt, good in zip(part.subplots(4, 4).flat, pictures, prompts, right):
+        for axis, picture, prompt, good in zip(panel.subplots(4, 4).flat, pictures, prompts, right):
             axis.imshow(picture.permute(1, 2, 0))
             name = " ".join(prompt.split()[1:3])
             axis.set_xlabel(name if good else f"\N{BALLOT X} {name}", fontsize=7, labelpad=1,

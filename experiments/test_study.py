@@ -185,6 +185,30 @@ def test_a_table_of_rows_survives_its_file(tmp_path):
     assert (tmp_path / "study.csv").read_bytes() == before
 
 
+def test_the_table_of_the_front_page_has_the_rows_of_study_md():
+    text, page = ((folder / name).read_text() for folder, name in (
+        (study.HERE, "study.md"), (study.HERE.parent, "README.md")))
+    number = re.compile(r"[+-]?\d+\.\d+")
+
+    def cells(part, minus, configuration, at):
+        table = text.split(f"\n## {part}: ")[1].split(f"\nMinus {minus}")[1].split("\n\n")[1].splitlines()
+        header, *rows = ([word.strip() for word in line.split("|")[1:-1]] for line in table)
+        return next(dict(zip(header, row)) for row in rows if row[:3] == ["draft", configuration, at])
+
+    for line, part, minus, configuration, cost in (
+            ("plain, minus the base model", "primary", "the base model", "plain", "the last update"),
+            ("`--noise 0.1`, minus plain", "primary", "plain", "noise", "updates"),
+            ("`--noise 0.1 --sam 0.1`, minus plain", "primary", "plain", "both", "network evaluations"),
+            ("`--method alignprop`, minus plain", "price", "plain", "alignprop", "price")):
+        told = page.split(f"| {line} |")[1].splitlines()[0].split("|")[1:-1]
+        level, end = (cells(part, minus, configuration, at) for at in ("proxy +2.0", cost))
+        there = [(level["updates"], 1), (level["oracle accuracy"], 100), (level["judge"], 1),
+                 (end["oracle accuracy"], 100), (end["judge"], 1)]
+        for cell, (row, scale) in zip(told, there, strict=True):
+            for a, b in zip(number.findall(cell), number.findall(row), strict=True):
+                assert abs(float(a) - scale * float(b)) <= 0.51 * 10.0 ** -len(a.partition(".")[2]), cell
+
+
 def test_a_grid_is_read_back_as_its_pictures(tmp_path):
     for height, width in (32, 32), (32, 96):
         pictures = torch.randint(256, (8, 3, height, width), generator=torch.Generator().manual_seed(0)) / 255

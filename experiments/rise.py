@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "related")]
 import crd  # noqa: E402, found through the line above
 import rsaft  # noqa: E402
 
-ALL = ["--tiny", "--reward", "pickscore", "--eval-images", "36", "--eval-reward"]
+ALL = ["--tiny", "--reward", "pickscore", "--eval-images", "72", "--eval-reward"]
 SHORT = ["--sampling-steps", "6", "--batch-size", "16", "--train-steps", "14", "--eval-every", "14",
          "--learning-rate", "4e-3"]
 PERTURBATIONS = {"plain": [], "noise": ["--noise"], "sam": ["--sam"], "both": ["--noise", "--sam"]}

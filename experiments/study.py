@@ -209,7 +209,7 @@ AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "pri
         "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
             "diversity": "diversity", "kid": "KID"}
-COMPARED = "proxy", *MEASURES, "step"
+COMPARED = {"proxy": "proxy", **MEASURES, "step": "updates"}
 COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", "network_evaluations",
            "price", "proxy", *MEASURES, "seconds", "alarm")
 
@@ -608,7 +608,7 @@ def gained(runs, part):
                 at = AXES["proxy"].format(gain) if gain else "the last update"
                 lines.append([method, configuration, at, f"{len(ends)} of {len(runs_of)}",
                               "" if gain else proxy, *others, updates if gain else ""])
-    return table(["method", "configuration", "at", "runs", "proxy", *MEASURES.values(), "updates"], lines)
+    return table(["method", "configuration", "at", "runs", *COMPARED.values()], lines)
 
 
 def differences(runs, part, configurations=None, reference="plain"):
@@ -630,8 +630,7 @@ def differences(runs, part, configurations=None, reference="plain"):
             lines.append([method, configuration, AXES[axis].format(gain), f"{len(ends)} of {len(pairs)}",
                           "" if axis == "proxy" else proxy, *others,
                           updates if axis == "proxy" and configuration != "scaled" else ""])
-    measures = "proxy", *MEASURES.values(), "updates"
-    return table(["method", "configuration", "at equal", "pairs", *measures], lines)
+    return table(["method", "configuration", "at equal", "pairs", *COMPARED.values()], lines)
 
 
 def steadiness(runs, part):

@@ -112,22 +112,36 @@ CONFIGURATIONS = {
     # Of words: the likelihood with its shape repaired is trained on, the likelihood is measured.
     "floor": FLOOR, "floor 10 steps": f"{FLOOR} --grad-steps 10",
 }
-# Times UPDATES, of configurations and worlds; gdro's and crd's are their own defaults.
-LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2, "often": 4 / 3,
-          "words": 2 / 3}
-MORE_PICTURES = {"words": 5 / 3}                   # times PICTURES: four of each of its 60 captions
+# Times UPDATES; gdro's and crd's are their own defaults.
+LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2}
 # GDRO's and CRD's are their defaults with --tiny.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
 OWN_METHOD = {"alignprop": "alignprop"}       # the other methods are those of the part
 # All others are runs of rsaft.py.
 PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions, "averaged": averaged}
-# "again" and "often" are "tiny": run once more; evaluated twice as often, for 80 updates.
-WORLDS = {"tiny": "", "again": "", "often": "", "strong": "--model {worlds}/strong/stable-diffusion",
-          "brittle": "--models {worlds}/brittle", "unguided": "--guidance-scale 1",
-          "flow": "--model {here}/../tiny/stable-diffusion-3 --rank 32",
-          "words": f"--model {WORDS} --prompts {WORDS}/prompts.txt --reward ocr_likelihood --eval-reward "
-          f"{WORDS_HELD_OUT}"}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
+
+
+@dataclass(frozen=True)
+class World:
+    """What the runs of a world have in common."""
+    flags: str = ""
+    longer: float = 1                   # times UPDATES
+    often: int = 1                      # times as many evaluations
+    pictures: float = 1                 # times PICTURES
+    proxy: str = "pickscore"            # which score is the study's proxy, which one its judge
+    judge: str = "judge"
+    embedded: bool = True               # has the embeddings that diversity and KID need
+
+
+WORLDS = {
+    "tiny": World(), "again": World(), "often": World(longer=4 / 3, often=2),     # all three are one world
+    "strong": World("--model {worlds}/strong/stable-diffusion"), "brittle": World("--models {worlds}/brittle"),
+    "unguided": World("--guidance-scale 1"),
+    "flow": World("--model {here}/../tiny/stable-diffusion-3 --rank 32"),
+    "words": World(f"--model {WORDS} --prompts {WORDS}/prompts.txt --reward ocr_likelihood --eval-reward "
+                   f"{WORDS_HELD_OUT}", 2 / 3, 1, 5 / 3, "ocr_likelihood", "ocr_v4", False),
+}    # 5 / 3: four pictures of each of its 60 captions
 
 
 @dataclass(frozen=True)
@@ -215,7 +229,7 @@ COLUMNS = ("world", "method", "configuration", "learning_rate", "seed", "step", 
 
 
 def split_flags(text, worlds):
-    """The words of WORLDS or CONFIGURATIONS; `worlds` is the folder of the worlds that only the study has."""
+    """The flags of WORLDS or CONFIGURATIONS; `worlds` is the folder of the worlds that only the study has."""
     return [word.format(worlds=worlds, here=HERE) for word in text.split()]
 
 
@@ -235,7 +249,7 @@ class Job:
 
     def flags(self, settings, worlds):
         """The command line; what stands later wins."""
-        own = split_flags(f"{WORLDS[self.world]} {CONFIGURATIONS[self.configuration]}", worlds)
+        own = split_flags(f"{WORLDS[self.world].flags} {CONFIGURATIONS[self.configuration]}", worlds)
         own += ["--method", self.method] if self.program is rsaft else []
         steps, every, pictures = self.budget(settings)
         return [*settings, "--learning-rate", self.learning_rate, "--seed", str(self.seed), "--train-steps",
@@ -243,13 +257,13 @@ class Job:
 
     @property
     def longer(self):
-        return LONGER.get(self.configuration, LONGER.get(self.world, 1))
+        return LONGER.get(self.configuration, WORLDS[self.world].longer)
 
     def budget(self, settings):
         """Updates, how many between evaluations, and the pictures of one."""
-        base = rsaft.parse(settings)
-        return (round(self.longer * base.train_steps), base.eval_every // (2 if self.world == "often" else 1),
-                round(MORE_PICTURES.get(self.world, 1) * base.eval_images))
+        base, own = rsaft.parse(settings), WORLDS[self.world]
+        return (round(self.longer * base.train_steps), base.eval_every // own.often,
+                round(own.pictures * base.eval_images))
 
     @property
     def work(self):
@@ -313,22 +327,25 @@ def base_embeddings(flags):
     return torch.cat(study_rewards.EMBEDDINGS)[-count:]
 
 
-def measured(settings, evaluations, base):
+def measured(job, settings, evaluations, base):
     """Rows from evaluations as rsaft.py logs them, with `seconds`, and from the embeddings that they left.
 
-    base: embeddings of pictures of the base model. Of words there are none, and the oracle's error is what is
-    missing to a correlation of 1.
+    base: embeddings of pictures of the base model, None where the world has none.
     """
-    if "ocr_v4" in evaluations[0]:
-        return [{"alarm": None, **scores, "proxy": scores["ocr_likelihood"], "judge": scores["ocr_v4"],
-                 "oracle_rmse": 1 - scores["oracle_correlation"], "diversity": math.nan, "kid": math.nan}
-                for scores in evaluations]
+    named, rows = WORLDS[job.world], []
+    for scores in evaluations:
+        row = {"alarm": None, "diversity": math.nan, "kid": math.nan, **scores,
+               "proxy": scores[named.proxy], "judge": scores[named.judge]}
+        # The oracle of the words has a correlation; the error is what is missing to 1.
+        row.setdefault("oracle_rmse", 1 - scores.get("oracle_correlation", math.nan))
+        rows.append(row)
+    if base is None:
+        return rows
     prompts = torch.arange(len(base)) % len(rsaft.read_prompts(settings.eval_prompts or settings.prompts))
     # Before them are those of the random picture with which the judge was tried out, once per prompt.
     pictures = torch.cat(study_rewards.EMBEDDINGS)[-len(base) * len(evaluations):]
-    return [{"alarm": None, **scores, "proxy": scores["pickscore"], "diversity": diversity(x, prompts),
-             "kid": kid(x, base, prompts)}
-            for scores, x in zip(evaluations, pictures.split(len(base)), strict=True)]
+    return [{**row, "diversity": diversity(x, prompts), "kid": kid(x, base, prompts)}
+            for row, x in zip(rows, pictures.split(len(base)), strict=True)]
 
 
 def scaled_evaluations(flags, folder):
@@ -355,8 +372,8 @@ def perform(job, settings, worlds, out):
     study_rewards.WORLDS = worlds
     flags = job.flags(settings, worlds)
     parsed = job.program.parse(flags)
-    of_world = *settings, *split_flags(WORLDS[job.world], worlds)
-    base = None if job.world == "words" else base_embeddings(of_world)
+    of_world = *settings, *split_flags(WORLDS[job.world].flags, worlds)
+    base = base_embeddings(of_world) if WORLDS[job.world].embedded else None
     drawn = 0
     if job.program is gdro:      # its pictures are drawn before the log begins, with guidance
         flags += ["--data", f"{out}/groups"]
@@ -375,12 +392,12 @@ def perform(job, settings, worlds, out):
         spent["price"] += free + GRADIENT_PRICE * dear
         if "eval" in record:
             evaluations.append({**record, **spent})
-    rows = {job.configuration: measured(parsed, evaluations, base)}
+    rows = {job.configuration: measured(job, parsed, evaluations, base)}
     if (job.world, job.method, job.configuration) == ("tiny", "draft", "plain"):
         scores = scaled_evaluations(flags, f"{out}/run")
         scaled = [{**score, "step": round(scale * parsed.train_steps), **spent}
                   for scale, score in zip((0.0, *SCALES), scores, strict=True)]
-        rows["scaled"] = [*measured(parsed, scaled, base), rows["plain"][-1]]
+        rows["scaled"] = [*measured(job, parsed, scaled, base), rows["plain"][-1]]
     return rows
 
 
@@ -908,7 +925,7 @@ def quick(folder, workers):
     for job in jobs_of(parts):
         last, every, _ = job.budget(settings)
         assert column(runs[job], "step") == sorted({*range(0, last, every), last}), job
-        names = {"proxy", *MEASURES} - ({"diversity", "kid"} if job.world == "words" else set())
+        names = {"proxy", *MEASURES} - (set() if WORLDS[job.world].embedded else {"diversity", "kid"})
         assert all(math.isfinite(row[name]) for row in runs[job] for name in names), job
     for job in parts["again"].jobs():
         once, again = ([{**row, "seconds": 0} for row in runs[replace(job, world=name)]]

@@ -291,9 +291,10 @@ def sample_images(model, plan, batch, start):
 
 
 # ---- The reward's gradient, and the two perturbations ------------------------------------------------------
-# A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], float32, and B
-# prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about 1e-5, and bfloat16, whose
-# step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So halves become float32.
+# A reward is a function (images, prompts) -> (B,), with images (B, 3, H, W) in [0, 1], with d a little
+# outside, float32, and B prompts. Why float32: a radius of 0.01 over 3x512x512 values moves each by about
+# 1e-5, and bfloat16, whose step near 1 is 0.004, rounds that away: a picture plus d is the picture again. So
+# halves become float32.
 
 def at_least_float32(tensor):
     """Halves as float32, anything else as it is."""
@@ -380,7 +381,8 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
     It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain one, of Eq. 4.
 
-    batches: list of Batch, the micro-batches of one update; with several processes, those of this one.
+    batches: the micro-batches of one update, each with a list `prompts`, such as Batch; with several
+    processes, those of this one.
     make_starts: batches -> for each the latents before the first step with gradient, as `sample_starts`.
     make_images: (batch, start) -> (images, prompts) with a graph to `params`, as `sample_images`. Both must
     give the same again for the same weights, so no dropout. reward: (images, prompts) -> one value per
@@ -389,10 +391,12 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
     the paper's: e then acts only from the first step with gradient on. What was in p.grad is dropped.
     Processes are summed over here: no DDP around it.
 
-    Returns a dict of floats, means over the pictures: `reward` at theta and x0 and, with a perturbation,
-    `worst_reward` where the gradient is taken (both of each prompt's first picture); the norms that arrived,
-    `noise_norm` and `sam_norm`; the fall of the reward from the one to the other, `fall_measured`, and
-    -mean <g, d> - <grad_theta, e>, to first order, `fall_predicted` (both of all pictures).
+    Returns a dict of floats, means over the pictures; all but `reward` are of a perturbation:
+    reward, worst_reward: at theta and x0, and where the gradient is taken; of each prompt's first picture
+    fall_measured: from the one to the other, of all pictures
+    fall_predicted: to first order, -mean <g, d> - <grad_theta, e>. What e does in steps that carry no
+        gradient isn't in it
+    noise_norm, sam_norm: of d, as it arrived in the pictures, and of e, as it arrived in the weights
     """
     means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))
@@ -681,9 +685,11 @@ def load_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # torch's own message advises to read it as a pickle all the same
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
         path = Path(path).resolve()     # in the hub's cache names are links; the file itself is to be deleted
-        raise UserError(f"{path} can't be read: it is damaged (delete it and get it again), or holds more "
-                        "than tensors") from error
+        raise UserError(f"{path} can't be read: it is damaged (delete it and get it again, if it was "
+                        "downloaded), or holds more than tensors") from error
 
 
 # Name patterns of what is fetched of a repository: one precision, in the one format that can't run code.
@@ -871,7 +877,8 @@ class Backbone:
         """A function (x, t) -> f for `rollout`: the network under guidance (CFG, arXiv 2207.12598).
 
         The two branches run as one batch, and the gradient goes through both. x and f are float32, whatever
-        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers.
+        the network computes in. A guidance_scale of 1 or less means no guidance, as in diffusers, but where
+        it is an input of the network.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         two = self.branches_at(scale) == 2
@@ -941,7 +948,8 @@ def find_families():
 def inspect_model(model, height=None, width=None):
     """What a model is, before weights load: its family, latents' shape (C, h, w), height, width in pixels.
 
-    height, width: None is the model's own. Raises UserError: no known family, or a size that it can't make.
+    height, width: None is the model's own. Raises UserError: no known family, or a size that it can't make;
+    RunStopped as `fetch`.
     """
     folder = Path(fetch({model: CONFIGS})[model])
     with explained(f"{model} is no model that can be tuned here", HERE / "backbones"):
@@ -965,7 +973,7 @@ def inspect_model(model, height=None, width=None):
 
 def load_model(model, sampling_steps=None, guidance_scale=None, height=None, width=None, dtype=torch.float32,
                device="cpu"):
-    """A frozen Backbone from a folder or a hub id; None is the family's default. Raises UserError."""
+    """A frozen Backbone, from a folder or hub id; None is the family's own. Raises UserError, RunStopped."""
     import diffusers
     import transformers
     family, latent_shape, *_ = inspect_model(model, height, width)
@@ -1011,7 +1019,7 @@ def clip_pixels(images, size, pad=False):
         else:    # CLIP truncates where HPSv2 rounds
             H, W = int(H * size / min(H, W)), int(W * size / min(H, W))
         images = F.interpolate(images.float(), (H, W), mode="bicubic", antialias=True)
-        images = images if pad else images.clamp(0, 1)
+        images = images if pad else images.clamp(0, 1)     # as 8 bits do; it takes from d what is outside
         top, left = int((H - size) / 2), int((W - size) / 2)    # negative where there is something to fill
         images = F.pad(images, (-left, size - W + left, -top, size - H + top))
     mean, std = images.new_tensor([CLIP_MEAN, CLIP_STD])[..., None, None]
@@ -1046,8 +1054,8 @@ def clip_reward(model, tokenizer_source, device, scale, pad=False):
 
 # A reward found by name has FILES, {a file that must be there: its repository on the hub, or None}, and
 # load(folders, device) with {the same file: the folder that it is in}, which returns the reward. The file
-# "clip/config.json" is in a folder clip/ under --models, and in none on the hub. A reward that can't judge
-# every prompt has check_prompt(prompt) as well, which raises UserError.
+# "clip/config.json" is in a folder clip/ of the reward's own folder in --models, and in none on the hub. A
+# reward that can't judge every prompt has check_prompt(prompt) as well, which raises UserError.
 
 PICKSCORE_FILES = {"config.json": "yuvalkirstain/PickScore_v1",
                    "tokenizer_config.json": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -1126,10 +1134,11 @@ def add_patterns(wanted, files):
 def make_reward(name, models=None, device="cpu"):
     """The reward `name` as a function reward(images, prompts) -> (B,), float32.
 
-    name: pickscore, a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1]; prompts: B
-    strings. models: a folder with a folder per reward; without it the weights come from the hub. A reward is
-    a guest: it gets a copy of the images, and what it returns is checked each time. Raises UserError where it
-    isn't found or doesn't load; so does the function returned where it fails, or gives no finite numbers.
+    name: pickscore, a file in rewards/, or FILE.py:FUNCTION. images: (B, 3, H, W) in [0, 1], but for d;
+    prompts: B strings. models: a folder with a folder per reward; without it the weights come from the hub. A
+    reward is a guest: it gets a copy of the images, and what it returns is checked each time. Raises
+    UserError where it isn't found or doesn't load; so does the function returned where it fails, or gives no
+    finite numbers. Raises RunStopped as `fetch`.
     """
     folder = own_file(name).resolve().parent if own_file(name) else HERE / "rewards"
     with explained(f"the reward {name} doesn't load", folder):
@@ -1175,7 +1184,7 @@ class Scores:
     def __init__(self, rewards, weights, counts):
         self.rewards, self.weights, self.counts = rewards, weights, counts
         held_out = [name for name in rewards if name not in weights]
-        self.judge = held_out[0] if held_out else None
+        self.judge = held_out[0] if held_out else None     # by it best/ is chosen, and the alarm raised
 
     def total(self, images, prompts):
         """What is maximised: the weighted sum, (B,)."""
@@ -1214,7 +1223,8 @@ class Evaluation:
         pictures = torch.zeros(min(GRID, N), 3, self.settings.height, self.settings.width)
         batches = my_share(micro_batches(self.prompts, ("evaluation",), self.settings.micro_batch_size))
         size = self.settings.sampling_batch_size
-        starts = sample_starts(self.model, plan, batches, size) if batches else []    # some may have none
+        # No step has a gradient, so these are the last latents. A process may have no batch.
+        starts = sample_starts(self.model, plan, batches, size) if batches else []
         for batch, start in zip(batches, starts):
             with torch.no_grad():
                 images, prompts = sample_images(self.model, plan, batch, start)
@@ -1269,8 +1279,8 @@ def make_grid(images, columns=4):
 # Everything else in the folder is made from it, or, as the pictures are, just before it.
 
 CHECKPOINT, ADAPTER, LOCK = "checkpoint.pt", "pytorch_lora_weights.safetensors", ".lock"
-# On resume these may change; device and batch sizes then change no more than the last bits. The dtype, which
-# follows the device where it isn't given, may not.
+# On resume these may change. The device and the pictures at a time change how sums are rounded, no more. The
+# dtype, which follows the device where it isn't given, may not change.
 MAY_CHANGE = {"train_steps", "stop_on_alarm", "gradient_checkpointing", "out", "versions", "device",
               "micro_batch_size", "sampling_batch_size"}
 # Names in the log that a reward can't have.
@@ -1479,7 +1489,7 @@ class Run:
         row = "".join(f"{mean:{max(8, len(name)) + 2}.3f}" for name, mean in means.items())
         say(f"{step:6d}{row}")
         line = {"eval": True, "step": step, **means, "alarm": None}
-        if judge and self.evaluations and len(self.evaluation.prompts) > 1:
+        if judge and self.evaluations:
             line |= self.compare_with_best(means, values[judge])
         if judge and (not self.best or means[judge] > self.best["score"]):
             self.best = {"step": step, "judge": judge, "score": means[judge], "adapter": self.copy_adapter()}
@@ -1516,7 +1526,7 @@ class Run:
                 role = "trained on" if name in weights else "sharpness" if name == "s1" else "held out"
                 before, after = torch.tensor([first[name], last[name]], dtype=torch.float64)
                 change = after - before
-                error = change.std().item() / len(change) ** 0.5 if len(change) > 1 else math.nan
+                error = change.std().item() / len(change) ** 0.5
                 say(f"{f'{name} ({role})':>28}{before.mean():10.3f}{after.mean():10.3f}{change.mean():10.3f}"
                     f"{error:8.3f}")
         if best:
@@ -1556,7 +1566,7 @@ def split_weight(text):
 def check(settings):
     """A copy of the settings with what was left to the model and the machine filled in; loads no weights.
 
-    Raises UserError for whatever can be known by now, before diffusers is imported.
+    Raises UserError for whatever can be known by now, before diffusers is imported; RunStopped as `fetch`.
     """
     settings = argparse.Namespace(**vars(settings))
     with explained("RANK and WORLD_SIZE in the environment are not torchrun's"):
@@ -1614,7 +1624,7 @@ Loaded = namedtuple("Loaded", "model scores prompts evaluation")
 
 
 def load(settings, must_have_gradient=True, more_prompts=()):
-    """Model, rewards and prompts of checked settings, tried out; nothing is written yet. Raises UserError."""
+    """Model, rewards, prompts of checked settings, tried out; no file yet. Raises UserError, RunStopped."""
     weights, prompts = dict(map(split_weight, settings.reward)), read_prompts(settings.prompts)
     eval_prompts = read_prompts(settings.eval_prompts or settings.prompts)
     eval_prompts = [eval_prompts[i % len(eval_prompts)] for i in range(settings.eval_images)]
@@ -1732,7 +1742,8 @@ def add_common_flags(parser):
         ("--eval-prompts", None, "another one for the evaluations", FILE)])
     parser.flags("sampling (without a default: the model's own)", [
         ("--sampling-steps", None, "steps of a rollout, T; paper: 50, SD3 28", number(int, 1, 10 ** 4)),
-        ("--guidance-scale", None, "classifier-free guidance, ours; 1 turns it off", AMOUNT_OR_0),
+        ("--guidance-scale", None, "classifier-free guidance, ours; 1 turns it off, but FLUX.1-dev's, which "
+         "is an input", AMOUNT_OR_0),
         ("--height", None, "of the pictures, in pixels; paper: 512, SDXL and SD3 1024", PIXELS),
         ("--width", None, "of the pictures, in pixels", PIXELS)])
     parser.flags("training", [
@@ -1743,17 +1754,18 @@ def add_common_flags(parser):
         ("--weight-decay", 1e-4, "of AdamW; paper: 0.0001", AMOUNT_OR_0),
         ("--max-grad-norm", 1.0, "clip the gradient to this norm; ours", AMOUNT),
         ("--rank", 16, "of the LoRA adapter; ours", COUNT),
-        ("--seed", 0, "of everything random", number(int, 0, 2 ** 63))])
+        ("--seed", 0, "of all that is random but the evaluations' noise", number(int, 0, 2 ** 63))])
     parser.flags("memory and speed (ours)", [
-        ("--micro-batch-size", 1, "pictures at a time with a gradient; must divide the batch", COUNT),
-        ("--sampling-batch-size", 8, "pictures at a time without", COUNT),
+        ("--micro-batch-size", 1, "pictures at a time where there is a gradient, and in the decoder and the "
+         "rewards; must divide the batch", COUNT),
+        ("--sampling-batch-size", 8, "pictures at a time in the steps without gradient", COUNT),
         ("--gradient-checkpointing", False, "recompute activations: less memory, slower", SWITCH),
         ("--dtype", None, "of the frozen weights; without the flag bfloat16 on CUDA, float32 elsewhere",
          {"choices": ("float32", "bfloat16")}),
         ("--device", None, "cuda, mps or cpu; without the flag the first of them that is there", {})])
     parser.flags("evaluation and results (ours)", [
         ("--eval-every", 20, "updates between evaluations; 0: no evaluation at all", COUNT_OR_0),
-        ("--eval-images", 32, "pictures per evaluation", COUNT),
+        ("--eval-images", 32, "pictures per evaluation, two or more", number(int, 2, 10 ** 6)),
         ("--stop-on-alarm", False, "end the run when the alarm is raised", SWITCH),
         ("--out", None, "the run's folder, where a stopped one goes on (without: a new runs/NNN)", FOLDER)])
 
@@ -1800,7 +1812,7 @@ def main(argv=None, parse=parse, train=train, program="rsaft.py"):
         if isinstance(error, (UserError, RunStopped)):
             message = str(error)
         elif isinstance(error, KeyboardInterrupt):
-            message = "stopped by hand, before anything was written; what was downloaded is kept"
+            message = "stopped by hand, before the run began or went on; what was downloaded is kept"
         elif is_out_of_memory(error):
             message = "out of memory; try --gradient-checkpointing, --micro-batch-size 1, --dtype bfloat16"
         elif not isinstance(error, OSError):

@@ -1011,7 +1011,7 @@ def test_ctrl_c_while_downloading_says_that_nothing_was_written(hub, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 1 and not (tmp_path / "out").exists()
-    assert_one_line(error, "stopped by hand, before anything was written")
+    assert_one_line(error, "stopped by hand, before the run began or went on")
 
 
 # ---- Rewards -----------------------------------------------------------------------------------------------
@@ -2140,7 +2140,7 @@ BAD = [
     (["--model", str(TINY / "pickscore")], "model_index.json"), (["--out", "full"], "not empty"),
     (["--out", str(MODEL)], "not empty"), (["--out", "empty.txt"], "empty.txt"),
     (["--out", "empty.txt/out"], "empty.txt"),
-    (["--sam-rollout", "half"], "--sam-rollout"), (["--eval-images", "0"], "--eval-images"),
+    (["--sam-rollout", "half"], "--sam-rollout"), (["--eval-images", "1"], "--eval-images"),
     (["--seed", "1.5"], "--seed"), (["--dtype", "float16"], "--dtype"), (["--resume"], "--resume"),
     (["--model", "inpaint"], "InpaintPipeline; supported are"), (["--model", "unconditional"], "UNet2DModel"),
     (["--model", "foreign"], "its unet doesn't load.*subprocess"),

@@ -685,7 +685,7 @@ def load_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # torch's own message advises to read it as a pickle all the same
-        if isinstance(error, OSError) or is_out_of_memory(error):
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
             raise
         path = Path(path).resolve()     # in the hub's cache names are links; the file itself is to be deleted
         raise UserError(f"{path} can't be read: it is damaged (delete it and get it again, if it was "

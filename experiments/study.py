@@ -105,6 +105,7 @@ CONFIGURATIONS = {
     "two proxies": "--models {worlds}/second --reward pickscore=0.5 {here}/study_rewards.py:second=0.5",
     "twice as long": "", "gdro": "", "crd": "", "crd old": "--sampler old",      # guard 1 switched off
     "both window": f"--noise {RHO} --sam {RHO_W} --sam-rollout window", "alignprop": "", "averaged": "",
+    "alignprop noise": f"--noise {RHO}",
     # The proxy up to a cap is trained on; the proxy itself is measured, as a held-out score.
     **{f"capped {cap}": f"--reward {{here}}/study_rewards.py:capped_{cap} --eval-reward "
        f"{' '.join(SETTINGS[-3:])} pickscore" for cap in CAPS},
@@ -116,7 +117,7 @@ CONFIGURATIONS = {
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2}
 # GDRO's and CRD's are their defaults with --tiny.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
-OWN_METHOD = {"alignprop": "alignprop"}       # the other methods are those of the part
+OWN_METHOD = {"alignprop": "alignprop", "alignprop noise": "alignprop"}    # the other methods are those of the part
 # All others are runs of rsaft.py.
 PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions, "averaged": averaged}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -194,10 +195,11 @@ PARTS["alarm"] = replace(PARTS["primary"], world="often", seeds=range(500, 516),
                          hours=1.0, question="What does the alarm catch, and what is it worth to stop there?")
 PARTS["alarm-fast"] = replace(PARTS["alarm"], rate=FAST, gains=PARTS["fast"].gains,
                               question="And at twice the rate, where runs break?")
-# Decided before it is run: the levels are the primary's, the cap is from pilots.
+# Decided before it was run: the levels are the primary's, the cap is from pilots. "alignprop noise" was added
+# when the others were there.
 PARTS["price"] = replace(PARTS["primary"], seeds=range(600, 616), hours=2.0,
-                         configurations=("plain", "noise", "both window", "alignprop", f"capped {CAPS[1]}",
-                                         "averaged"), question="What should somebody use, at one price?")
+                         configurations=("plain", "noise", "both window", "alignprop", "alignprop noise",
+                                         f"capped {CAPS[1]}", "averaged"), question="What should somebody use, at one price?")
 # Rate and levels are from its pilots: at 4e-3 all four gained 0.8 or more, at 8e-3 plain fell back in the
 # judge's eyes, at 2e-3 plain gained 0.5 (the other two pilots there were still to come).
 PARTS["flow"] = Part("Does it hold on flow matching?", 0.5, (0.5, 0.75), range(700, 712),
@@ -781,6 +783,10 @@ def report(runs, parts, pilots):
                                                 for gain, names in never.items())]
         if name == "crd":
             text += ["\nGuard 1, acting minus switched off:\n", differences(runs, part, ["crd"], "crd old")]
+        if name == "price":
+            text += ["\nPlain AlignProp minus DRaFT-1 with noise:\n",
+                     differences(runs, part, ["alignprop"], "noise"), "\nAlignProp with noise minus plain:\n",
+                     differences(runs, part, ["alignprop noise"], "alignprop")]
         if name == "again":
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]
@@ -802,10 +808,12 @@ def report(runs, parts, pilots):
 
 COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d62728", "gdro": "#9467bd",
            "crd": "#ff7f0e", "crd old": "#8c564b", "both window": "#d62728", "alignprop": "#9467bd",
+           "alignprop noise": "#17becf",
            f"capped {CAPS[1]}": "#ff7f0e", "averaged": "#8c564b"}
 LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
           "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD", "crd old": "CRD, guard 1 off",
           "both window": "RSA-FT, window", "alignprop": "plain AlignProp",
+          "alignprop noise": "AlignProp, pictures only",
           f"capped {CAPS[1]}": "plain, score capped", "averaged": "plain, adapter averaged"}
 TITLES = {"unguided": "sampled without guidance", "flow": "a model of flow matching"}
 FIGURES = {"study_curves.png": ("primary", "fast"), "study_related.png": ("gdro", "crd"),

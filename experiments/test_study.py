@@ -196,10 +196,11 @@ def test_the_table_of_the_front_page_has_the_rows_of_study_md():
         return next(dict(zip(header, row)) for row in rows if row[:3] == ["draft", configuration, at])
 
     for line, part, minus, configuration, cost in (
-            ("plain, minus the base model", "primary", "the base model", "plain", "the last update"),
-            ("`--noise 0.1`, minus plain", "primary", "plain", "noise", "updates"),
-            ("`--noise 0.1 --sam 0.1`, minus plain", "primary", "plain", "both", "network evaluations"),
-            ("`--method alignprop`, minus plain", "price", "plain", "alignprop", "price")):
+            ("plain, minus the base model", "price", "the base model", "plain", "the last update"),
+            ("`--noise 0.1`", "price", "plain", "noise", "updates"),
+            ("`--noise 0.1 --sam 0.1 --sam-rollout window`", "price", "plain", "both window", "price"),
+            ("`--noise 0.1 --sam 0.1`", "primary", "plain", "both", "network evaluations"),
+            ("`--method alignprop`", "price", "plain", "alignprop", "price")):
         told = page.split(f"| {line} |")[1].splitlines()[0].split("|")[1:-1]
         level, end = (cells(part, minus, configuration, at) for at in ("proxy +2.0", cost))
         there = [(level["updates"], 1), (level["oracle accuracy"], 100), (level["judge"], 1),

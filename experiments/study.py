@@ -117,7 +117,7 @@ CONFIGURATIONS = {
 LONGER = {"twice as long": 2, "gdro": 5 / 3, "crd": 5 / 2, "crd old": 5 / 2}
 # GDRO's and CRD's are their defaults with --tiny.
 OWN_RATE = {"twice as long": SLOW, "gdro": "2e-3", "crd": "4e-3", "crd old": "4e-3"}
-OWN_METHOD = {"alignprop": "alignprop", "alignprop noise": "alignprop"}    # the other methods are those of the part
+OWN_METHOD = dict.fromkeys(("alignprop", "alignprop noise"), "alignprop")     # the others have their part's
 # All others are runs of rsaft.py.
 PROGRAMS = {"gdro": gdro, "crd": crd, "crd old": crd, "gaussian": random_directions, "averaged": averaged}
 TWO, FOUR = ("plain", "both"), ("plain", "noise", "sam", "both")
@@ -137,8 +137,8 @@ class World:
 
 WORLDS = {
     "tiny": World(), "again": World(), "often": World(longer=4 / 3, often=2),     # all three are one world
-    "strong": World("--model {worlds}/strong/stable-diffusion"), "brittle": World("--models {worlds}/brittle"),
-    "unguided": World("--guidance-scale 1"),
+    "strong": World("--model {worlds}/strong/stable-diffusion"),
+    "brittle": World("--models {worlds}/brittle"), "unguided": World("--guidance-scale 1"),
     "flow": World("--model {here}/../tiny/stable-diffusion-3 --rank 32"),
     "words": World(f"--model {WORDS} --prompts {WORDS}/prompts.txt --reward ocr_likelihood --eval-reward "
                    f"{WORDS_HELD_OUT}", 2 / 3, 1, 5 / 3, "ocr_likelihood", "ocr_v4", False),
@@ -199,7 +199,8 @@ PARTS["alarm-fast"] = replace(PARTS["alarm"], rate=FAST, gains=PARTS["fast"].gai
 # when the others were there.
 PARTS["price"] = replace(PARTS["primary"], seeds=range(600, 616), hours=2.0,
                          configurations=("plain", "noise", "both window", "alignprop", "alignprop noise",
-                                         f"capped {CAPS[1]}", "averaged"), question="What should somebody use, at one price?")
+                                         f"capped {CAPS[1]}", "averaged"),
+                         question="What should somebody use, at one price?")
 # Rate and levels are from its pilots: at 4e-3 all four gained 0.8 or more, at 8e-3 plain fell back in the
 # judge's eyes, at 2e-3 plain gained 0.5 (the other two pilots there were still to come).
 PARTS["flow"] = Part("Does it hold on flow matching?", 0.5, (0.5, 0.75), range(700, 712),

@@ -5,6 +5,7 @@ the network, the VAE and PickScore's vision tower counts the operations, and the
 for the backward pass. Attention keeps what a fused kernel does; a backward pass, which needs no gradient of
 frozen weights, counts as one more forward pass. "In all" is these tensors and the weights, without the
 backward pass's own scratch and the allocator's loss. Batch 32, DRaFT-1, the family's own steps and guidance.
+AlignProp's gradient passes through up to all of the steps, half of them on average.
 """
 import sys
 from pathlib import Path
@@ -99,13 +100,15 @@ def main():
                         T = len(model.steps)
                         plain = BATCH * (network * (T + 1) + 2 * vae + 2 * reward)
                         window = BATCH * (network * (T + 3) + 4 * vae + 4 * reward)
+                        alignprop = plain + BATCH * network * (T - 1) / 2
                         print(f"  TFLOP of an update: plain {plain:,.0f}, --sam --noise {2 * plain:,.0f}, "
-                              f"with the window {window:,.0f}")
+                              f"with the window {window:,.0f}, plain AlignProp {alignprop:,.0f}")
                     kept = [gib for gib, _ in costs]
                     held = sum(weight.nbytes for weight in weights) / GIB
                     flags = f"--micro-batch-size {B}{' --gradient-checkpointing' if checkpointing else ''}"
                     print(f"  {flags}: network {kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, "
-                          f"in all {held + sum(kept):.0f} GiB", flush=True)
+                          f"in all {held + sum(kept):.0f} GiB; AlignProp up to "
+                          f"{held + sum(kept) + kept[0] * (T - 1):.0f} GiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -216,10 +216,11 @@ PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-flow-{rate}": replace(PARTS["primary"], world="flow", rate=rate, seeds=range(100, 102),
                                      configurations=TWO, hours=0.2) for rate in (SLOW, STABLE, FAST)},
     # From them come K, rate and levels of a comparison on words that is still to be run.
-    **{f"pilot-words-{rate}": Part("Which setting improves on words, and stays steady?", 2.5, (0.3,),
-                                   range(100, 101), ("plain", "3 steps", "10 steps", "floor",
-                                                     "floor 10 steps"), rate=rate, world="words")
-       for rate in ("5e-4", "1e-3")},
+    "pilot-words-1e-3": Part("Which setting improves on words, and stays steady?", 0.6, (0.3,),
+                             range(100, 101), ("plain", "3 steps", "10 steps", "floor", "floor 10 steps"),
+                             rate="1e-3", world="words"),
+    "pilot-words-2e-3": Part("And at twice the rate?", 0.4, (0.3,), range(100, 101),
+                             ("plain", "10 steps", "floor 10 steps"), rate="2e-3", world="words"),
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",

@@ -221,6 +221,8 @@ PILOTS = {  # what rates and gains were chosen from
                              rate="1e-3", world="words"),
     "pilot-words-2e-3": Part("And at twice the rate?", 0.4, (0.3,), range(100, 101),
                              ("plain", "10 steps", "floor 10 steps"), rate="2e-3", world="words"),
+    "pilot-words-5e-4": Part("Is half of that enough?", 0.2, (0.3,), range(100, 101), ("plain",), rate="5e-4",
+                             world="words"),
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",

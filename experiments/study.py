@@ -817,7 +817,7 @@ COLOURS = {"plain": "#444444", "noise": "#1f77b4", "sam": "#2ca02c", "both": "#d
 LABELS = {"plain": "plain fine-tuning", "noise": "RSA-FT, pictures only", "sam": "RSA-FT, weights only",
           "both": "RSA-FT", "gdro": "GDRO", "crd": "CRD", "crd old": "CRD, guard 1 off",
           "both window": "RSA-FT, window", "alignprop": "plain AlignProp",
-          "alignprop noise": "AlignProp, pictures only",
+          "alignprop noise": "RSA-FT of AlignProp, pictures only",
           f"capped {CAPS[1]}": "plain, score capped", "averaged": "plain, adapter averaged"}
 TITLES = {"unguided": "sampled without guidance", "flow": "a model of flow matching"}
 FIGURES = {"study_curves.png": ("primary", "fast"), "study_related.png": ("gdro", "crd"),
@@ -862,8 +862,8 @@ def draw_curves(runs, parts, path):
         axis.grid(alpha=0.2)
     drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.lines}
     names = [label for label in LABELS.values() if label in drawn]
-    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False,
-                  fontsize=9, columnspacing=1)
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center",
+                  ncols=6 if len(names) < 7 else 4, frameon=False, fontsize=9, columnspacing=1)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

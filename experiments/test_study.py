@@ -200,7 +200,8 @@ def test_the_table_of_the_front_page_has_the_rows_of_study_md():
             ("`--noise 0.1`", "price", "plain", "noise", "updates"),
             ("`--noise 0.1 --sam 0.1 --sam-rollout window`", "price", "plain", "both window", "price"),
             ("`--noise 0.1 --sam 0.1`", "primary", "plain", "both", "network evaluations"),
-            ("`--method alignprop`", "price", "plain", "alignprop", "price")):
+            ("`--method alignprop`", "price", "plain", "alignprop", "price"),
+            ("`--method alignprop --noise 0.1`", "price", "plain", "alignprop noise", "price")):
         told = page.split(f"| {line} |")[1].splitlines()[0].split("|")[1:-1]
         level, end = (cells(part, minus, configuration, at) for at in ("proxy +2.0", cost))
         there = [(level["updates"], 1), (level["oracle accuracy"], 100), (level["judge"], 1),

@@ -381,8 +381,7 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
     It points uphill: use an optimizer with maximize=True. With both radii 0 it is the plain one, of Eq. 4.
 
-    batches: the micro-batches of one update, each with a list `prompts`, such as Batch; with several
-    processes, those of this one.
+    batches: the micro-batches of one update and process, each with a list `prompts`, such as Batch.
     make_starts: batches -> for each the latents before the first step with gradient, as `sample_starts`.
     make_images: (batch, start) -> (images, prompts) with a graph to `params`, as `sample_images`. Both must
     give the same again for the same weights, so no dropout. reward: (images, prompts) -> one value per
@@ -393,10 +392,9 @@ def rsaft_gradient(batches, make_starts, make_images, reward, params, rho=0.0, r
 
     Returns a dict of floats, means over the pictures; all but `reward` are of a perturbation:
     reward, worst_reward: at theta and x0, and where the gradient is taken; of each prompt's first picture
-    fall_measured: from the one to the other, of all pictures
-    fall_predicted: to first order, -mean <g, d> - <grad_theta, e>. What e does in steps that carry no
-        gradient isn't in it
-    noise_norm, sam_norm: of d, as it arrived in the pictures, and of e, as it arrived in the weights
+    fall_measured, fall_predicted: from the one to the other, of all pictures, and to first order, which is
+        -mean <g, d> - <grad_theta, e> and knows nothing of e in steps that carry no gradient
+    noise_norm, sam_norm: of d and of e, as they arrived
     """
     means, first_pass = Means(), []
     total = torch.tensor(sum(len(batch.prompts) for batch in batches))

@@ -111,7 +111,8 @@ CONFIGURATIONS = {
        f"{' '.join(SETTINGS[-3:])} pickscore" for cap in CAPS},
     "3 steps": "--grad-steps 3", "10 steps": "--grad-steps 10",
     # Of words: the likelihood with its shape repaired is trained on, the likelihood is measured.
-    "floor": FLOOR, "floor 10 steps": f"{FLOOR} --grad-steps 10", "floor noise": f"{FLOOR} --noise 0.1",
+    "floor": FLOOR, "floor 10 steps": f"{FLOOR} --grad-steps 10",
+    "floor 10 steps noise": f"{FLOOR} --grad-steps 10 --noise 0.1",
     "window 0.03": "--sam 0.03 --sam-rollout window",
     **{f"both window {rho}": f"--noise {rho} --sam {rho} --sam-rollout window" for rho in (0.03, 0.01)},
 }
@@ -207,13 +208,14 @@ PARTS["price"] = replace(PARTS["primary"], seeds=range(600, 616), hours=2.0,
 # judge's eyes, at 2e-3 plain gained 0.5 (the other two pilots there were still to come).
 PARTS["flow"] = Part("Does it hold on flow matching?", 0.5, (0.5, 0.75), range(700, 712),
                      ("plain", "noise", "both"), world="flow")
-# Decided before it is run: DRaFT-1 at 2e-3 is the cheapest of the pilots that were hacked, and reached +0.44.
-# The primary comparison is "noise 0.03" minus plain at the first level, in the letters that the second reader
-# reads; there the likelihood falls by 5 to 10 percent, the floor's score does at 0.1. 0.01 is the paper's.
-PARTS["words"] = Part("Does it hold words legible? Is the reward too sharp, or of a wrong shape?", 7.0,
+# Decided before it is run: at 2e-3 the likelihood was hacked in the pilots with K = 1, the cheapest, and with
+# K = 10, where the floor gained. The primary comparison is "noise 0.03" minus plain at the first level, in
+# the letters that the second reader reads. At 0.03 the likelihood falls by 5 to 10 percent, at 0.1 the floor
+# does; 0.01 is the paper's.
+PARTS["words"] = Part("Does it hold words legible? Is the reward too sharp, or of a wrong shape?", 9.5,
                       (0.2, 0.35), range(800, 812), ("plain", "noise 0.03", "window 0.03", "both window 0.03",
-                                                     "both window 0.01", "floor", "floor noise"),
-                      rate="2e-3", world="words")
+                                                     "both window 0.01", "10 steps", "floor 10 steps",
+                                                     "floor 10 steps noise"), rate="2e-3", world="words")
 LEFT_OUT = ("again", "words")     # of what is run without --part: done twice; needs rewards/requirements.txt
 PILOTS = {  # what rates and gains were chosen from
     **{f"pilot-{rate}": replace(PARTS["primary"], seeds=range(100, 102), configurations=TWO, rate=rate,
@@ -800,6 +802,9 @@ def report(runs, parts, pilots):
             text += ["\nPlain AlignProp minus DRaFT-1 with noise:\n",
                      differences(runs, part, ["alignprop"], "noise"), "\nAlignProp with noise minus plain:\n",
                      differences(runs, part, ["alignprop noise"], "alignprop")]
+        if name == "words" and done:
+            text += ["\nThe floor through all steps minus the likelihood through all steps:\n",
+                     differences(runs, part, ["floor 10 steps", "floor 10 steps noise"], "10 steps")]
         if name == "again":
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]
@@ -931,7 +936,8 @@ def quick(folder, workers):
              for name, part in PARTS.items()}
     parts["primary"] = replace(parts["primary"], configurations=FOUR)
     parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))
-    parts["words"] = replace(parts["words"], seeds=range(800, 801), configurations=("plain", "floor noise"))
+    parts["words"] = replace(parts["words"], seeds=range(800, 801),
+                             configurations=("plain", "floor 10 steps"))
     (folder / "prompts.txt").write_text("\n".join(rsaft.read_prompts(rsaft.TINY["prompts"])[:8]))
     settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4",
                 "--eval-every", "2", "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]

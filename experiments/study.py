@@ -936,8 +936,7 @@ def quick(folder, workers):
              for name, part in PARTS.items()}
     parts["primary"] = replace(parts["primary"], configurations=FOUR)
     parts["radius"] = replace(parts["radius"], configurations=("plain", "gaussian"))
-    parts["words"] = replace(parts["words"], seeds=range(800, 801),
-                             configurations=("plain", "floor 10 steps"))
+    parts["words"] = replace(parts["words"], seeds=range(800, 801), configurations=("plain", "floor"))
     (folder / "prompts.txt").write_text("\n".join(rsaft.read_prompts(rsaft.TINY["prompts"])[:8]))
     settings = [*SETTINGS, "--sampling-steps", "2", "--batch-size", "12", "--train-steps", "4",
                 "--eval-every", "2", "--eval-images", "16", "--prompts", str(folder / "prompts.txt")]

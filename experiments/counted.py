@@ -80,9 +80,10 @@ def main():
     for name in SIZES:
         model, clip, told = without_storage(name)
         weights = [weight for part in (model.network, model.vae, clip) for weight in part.parameters()]
+        held, T = sum(weight.nbytes for weight in weights) / GIB, len(model.steps)
         with torch.device("meta"):
             model.add_adapter(16, None)
-            print(f"{name}: weights {sum(weight.nbytes for weight in weights) / GIB:.1f} GiB")
+            print(f"{name}: weights {held:.1f} GiB")
             for checkpointing in False, True:
                 if checkpointing:
                     for part in model.network, model.vae:
@@ -97,18 +98,17 @@ def main():
                              cost(lambda: clip.vision_model(pixel_values=pixels), weights)]
                     if B == 1 and not checkpointing:
                         (_, network), (_, vae), (_, reward) = costs
-                        T = len(model.steps)
                         plain = BATCH * (network * (T + 1) + 2 * vae + 2 * reward)
                         window = BATCH * (network * (T + 3) + 4 * vae + 4 * reward)
                         alignprop = plain + BATCH * network * (T - 1) / 2
                         print(f"  TFLOP of an update: plain {plain:,.0f}, --sam --noise {2 * plain:,.0f}, "
                               f"with the window {window:,.0f}, plain AlignProp {alignprop:,.0f}")
                     kept = [gib for gib, _ in costs]
-                    held = sum(weight.nbytes for weight in weights) / GIB
+                    in_all = held + sum(kept)
                     flags = f"--micro-batch-size {B}{' --gradient-checkpointing' if checkpointing else ''}"
                     print(f"  {flags}: network {kept[0]:.1f}, VAE {kept[1]:.1f}, reward {kept[2]:.1f}, "
-                          f"in all {held + sum(kept):.0f} GiB; AlignProp up to "
-                          f"{held + sum(kept) + kept[0] * (T - 1):.0f} GiB", flush=True)
+                          f"in all {in_all:.0f} GiB; AlignProp up to {in_all + kept[0] * (T - 1):.0f} GiB",
+                          flush=True)
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ WORLDS = {
     "brittle": World("--models {worlds}/brittle"), "unguided": World("--guidance-scale 1"),
     "flow": World("--model {here}/../tiny/stable-diffusion-3 --rank 32"),
     "words": World(f"--model {WORDS} --prompts {WORDS}/prompts.txt --reward ocr_likelihood --eval-reward "
-                   f"{WORDS_HELD_OUT}", 2 / 3, 1, 5 / 3, "ocr_likelihood", "ocr_v4", False),
-}    # 5 / 3: four pictures of each of its 60 captions
+                   f"{WORDS_HELD_OUT}", longer=2 / 3, pictures=5 / 3,      # four of each of its 60 captions
+                   proxy="ocr_likelihood", judge="ocr_v4", embedded=False)}
 
 
 @dataclass(frozen=True)
@@ -227,15 +227,18 @@ PILOTS = {  # what rates and gains were chosen from
                             configurations=("plain", *(f"capped {cap}" for cap in CAPS))),
     **{f"pilot-flow-{rate}": replace(PARTS["primary"], world="flow", rate=rate, seeds=range(100, 102),
                                      configurations=TWO, hours=0.2) for rate in (SLOW, STABLE, FAST)},
-    "pilot-words-1e-3": Part("Which setting improves on words, and stays steady?", 0.6, (0.3,),
-                             range(100, 101), ("plain", "3 steps", "10 steps", "floor", "floor 10 steps"),
-                             rate="1e-3", world="words"),
-    "pilot-words-2e-3": Part("And at twice the rate?", 0.4, (0.3,), range(100, 101),
-                             ("plain", "10 steps", "floor 10 steps"), rate="2e-3", world="words"),
-    "pilot-words-5e-4": Part("Is half of that enough?", 0.2, (0.3,), range(100, 101), ("plain",), rate="5e-4",
-                             world="words"),
+    **{f"pilot-words-{rate}": replace(PARTS["words"], seeds=range(100, 101), rate=rate, hours=hours,
+                                      configurations=configurations) for rate, hours, configurations in (
+        ("1e-3", 0.6, ("plain", "3 steps", "10 steps", "floor", "floor 10 steps")),
+        ("2e-3", 0.4, ("plain", "10 steps", "floor 10 steps")), ("5e-4", 0.2, ("plain",)))},
     "pilot-crd": replace(PARTS["crd"], seeds=range(100, 101), configurations=TWO, hours=0.1),
 }
+# What else is compared in a part than each with plain: a title, which configurations, minus which one.
+AGAINST = {"crd": [("Guard 1, acting minus switched off", ["crd"], "crd old")],
+           "price": [("Plain AlignProp minus DRaFT-1 with noise", ["alignprop"], "noise"),
+                     ("AlignProp with noise minus plain", ["alignprop noise"], "alignprop")],
+           "words": [("The floor through all steps minus the likelihood through all steps",
+                      ["floor 10 steps", "floor 10 steps noise"], "10 steps")]}
 AXES = {"proxy": "proxy +{}", "network_evaluations": "network evaluations", "price": "price",
         "step": "updates"}
 MEASURES = {"judge": "judge", "oracle_accuracy": "oracle accuracy", "oracle_rmse": "oracle error", "s1": "S1",
@@ -796,15 +799,8 @@ def report(runs, parts, pilots):
             text += ["Minus the base model:\n", gained(runs, part), "\nMinus plain, pair by pair:\n",
                      differences(runs, part), *(f"\nNever at proxy +{gain}: {', '.join(names) or 'none'}."
                                                 for gain, names in never.items())]
-        if name == "crd":
-            text += ["\nGuard 1, acting minus switched off:\n", differences(runs, part, ["crd"], "crd old")]
-        if name == "price":
-            text += ["\nPlain AlignProp minus DRaFT-1 with noise:\n",
-                     differences(runs, part, ["alignprop"], "noise"), "\nAlignProp with noise minus plain:\n",
-                     differences(runs, part, ["alignprop noise"], "alignprop")]
-        if name == "words" and done:
-            text += ["\nThe floor through all steps minus the likelihood through all steps:\n",
-                     differences(runs, part, ["floor 10 steps", "floor 10 steps noise"], "10 steps")]
+            for title, configurations, reference in AGAINST.get(name, ()):
+                text += [f"\n{title}:\n", differences(runs, part, configurations, reference)]
         if name == "again":
             text += ["\nHow far the judge scores of two runs of one seed are apart (median, largest):\n",
                      rounding(runs, parts["fast"], part)]

@@ -109,6 +109,8 @@ def make_settings(given, files):
         if name not in named:
             raise UserError(f"--corrected {' '.join(given.corrected)}: {name} is none of the scores, "
                             f"{', '.join(named)}; see --eval-reward")
+    if settings.eval_images < 2:
+        raise UserError("one picture has no interval; see --eval-images")
     out = Path(given.out or files[0].parent / "evaluation")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is there, and is no empty folder; name another")
